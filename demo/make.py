@@ -1,0 +1,508 @@
+"""Makes everything in demo/ from nothing: Minari datasets of simulated rollouts, and a small GPT-2.
+
+    python demo/make.py                               # all of it; about two hours on two CPU cores
+    python demo/make.py --only hopper --steps 20000   # one dataset, small, in minutes
+    python demo/make.py --only gpt2-tiny              # the language model
+
+Locomotion policies are trained by PPO (Schulman et al. 2017, arXiv 1707.06347). Its snapshots, from the first
+that moves to the best, then act with some of their exploration noise, so that returns vary as they do in D4RL's
+medium-replay sets. The arm of reacher2d is driven by a controller whose skill differs from episode to episode.
+The language model is pre-trained on the documentation and docstrings of the Python installation that runs this.
+
+Work in progress is kept in demo/build, and a later call goes on from there.
+"""
+
+import argparse
+import ast
+import math
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # eval.py, for reacher2d
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset to make."""
+
+    env_id: str
+    dataset_steps: int  # environment steps in the dataset
+    reference: tuple[
+        float, float
+    ]  # returns that score 0 and 100: D4RL's (Fu et al. 2020); reacher2d: none and all steps
+    ppo_steps: int = 0  # environment steps that PPO may use; 0: the scripted controller
+    weakest: float = 0.1  # weakest snapshot that collects, as a share of the best one's return
+
+
+TASKS = {
+    "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000, weakest=0.05),
+    "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000),
+    "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000),
+    "reacher2d": Task("eval:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
+}
+
+# -------------------------------------------------------------------------------- PPO
+
+ENVS, HORIZON, EPOCHS, MINIBATCHES = 8, 256, 10, 8
+GAMMA, GAE_LAMBDA, CLIP, PPO_LR = 0.99, 0.95, 0.2, 3e-4
+SNAPSHOTS = 50  # over the whole training
+
+
+def network(inputs, outputs, last_gain):
+    """Two hidden layers of 64 tanh units with orthogonal weights, as in the original PPO."""
+    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), last_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class Moments(nn.Module):
+    """Running mean and variance; normalises what it is called on."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def update(self, x):
+        """Take in a batch (N, size), by the parallel-variance formula of Chan et al."""
+        n, delta = len(x), x.mean(0) - self.mean
+        total = self.count + n
+        self.var.copy_((self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.copy_(total)
+
+    def forward(self, x):
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+class Policy(nn.Module):
+    """Gaussian policy on normalised observations. (..., S) -> distribution over (..., A)"""
+
+    def __init__(self, state_size, action_size):
+        super().__init__()
+        self.normalise = Moments(state_size)
+        self.mean = network(state_size, action_size, 0.01)
+        self.log_std = nn.Parameter(torch.full((action_size,), -0.5))
+
+    def forward(self, normalised):
+        return torch.distributions.Normal(self.mean(normalised), self.log_std.exp())
+
+
+def train_ppo(name, task, steps, build, seed):
+    """PPO -> snapshots: a list of {"policy": state dict, "return": mean of the last 20 episodes, "steps"}.
+
+    Progress is written to `build` with every snapshot; a later call goes on from it.
+    """
+    path = build / f"{name}-ppo-{steps}-{seed}.pt"
+    torch.manual_seed(seed)
+    envs = gym.make_vec(
+        task.env_id, ENVS, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    )  # fmt: skip
+    S, A = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    policy, critic, return_scale = Policy(S, A), network(S, 1, 1.0), Moments(1)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=PPO_LR, eps=1e-5)
+    kept = nn.ModuleList([policy, critic, return_scale])
+    update, seconds, snapshots, updates = 0, 0.0, [], max(1, steps // (ENVS * HORIZON))
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        kept.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        update, seconds, snapshots = state["update"], state["seconds"], state["snapshots"]
+    start = time.time() - seconds
+    observation, _ = envs.reset(seed=seed + update)
+    as_tensor = lambda x: torch.as_tensor(x, dtype=torch.float32)
+    episode_return, discounted, recent = np.zeros(ENVS), torch.zeros(ENVS), []
+    while update < updates:
+        for group in optimizer.param_groups:
+            group["lr"] = PPO_LR * (1 - update / updates)
+        observations, inputs, actions, log_probs, values, rewards, dones = [], [], [], [], [], [], []
+        with torch.no_grad():
+            for _ in range(HORIZON):
+                observations.append(as_tensor(observation))
+                inputs.append(policy.normalise(observations[-1]))
+                distribution = policy(inputs[-1])
+                actions.append(distribution.sample())
+                log_probs.append(distribution.log_prob(actions[-1]).sum(-1))
+                values.append(critic(inputs[-1])[:, 0])
+                observation, reward, terminated, truncated, info = envs.step(actions[-1].clamp(-1, 1).numpy())
+                done = terminated | truncated
+                discounted = discounted * GAMMA + as_tensor(reward)
+                return_scale.update(discounted[:, None])
+                scaled = (as_tensor(reward) / (return_scale.var + 1e-8).sqrt()).clamp(-10, 10)
+                for i in np.flatnonzero(truncated & ~terminated):  # a time limit is no end: bootstrap
+                    final = policy.normalise(as_tensor(info["final_obs"][i]))
+                    scaled[i] += GAMMA * critic(final).item()
+                rewards.append(scaled)
+                dones.append(as_tensor(done))
+                episode_return += reward
+                recent = (recent + list(episode_return[done]))[-20:]
+                episode_return[done] = 0
+                discounted[torch.from_numpy(done)] = 0
+            policy.normalise.update(torch.cat(observations))
+            advantages, advantage = [], torch.zeros(ENVS)
+            following = critic(policy.normalise(as_tensor(observation)))[:, 0]
+            for t in reversed(range(HORIZON)):
+                delta = rewards[t] + GAMMA * following * (1 - dones[t]) - values[t]
+                advantage = delta + GAMMA * GAE_LAMBDA * (1 - dones[t]) * advantage
+                advantages.insert(0, advantage)
+                following = values[t]
+        inputs, actions, log_probs, values = map(torch.cat, (inputs, actions, log_probs, values))
+        advantages = torch.cat(advantages)
+        targets = advantages + values
+        for _ in range(EPOCHS):
+            for index in torch.randperm(len(inputs)).chunk(MINIBATCHES):
+                ratio = (policy(inputs[index]).log_prob(actions[index]).sum(-1) - log_probs[index]).exp()
+                weight = (advantages[index] - advantages[index].mean()) / (advantages[index].std() + 1e-8)
+                policy_loss = -torch.min(weight * ratio, weight * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+                value_loss = (critic(inputs[index])[:, 0] - targets[index]).square().mean()
+                optimizer.zero_grad()
+                (policy_loss + 0.25 * value_loss).backward()
+                nn.utils.clip_grad_norm_(parameters, 0.5)
+                optimizer.step()
+        update += 1
+        if update % max(1, updates // SNAPSHOTS) == 0 and recent:
+            done_steps, seconds = update * ENVS * HORIZON, time.time() - start
+            state_dict = {key: value.clone() for key, value in policy.state_dict().items()}
+            snapshots.append({"policy": state_dict, "return": float(np.mean(recent)), "steps": done_steps})
+            state = {
+                "modules": kept.state_dict(), "optimizer": optimizer.state_dict(), "update": update,
+                "seconds": seconds, "snapshots": snapshots,
+            }  # fmt: skip
+            torch.save(state, path.with_suffix(".partial"))
+            os.replace(path.with_suffix(".partial"), path)
+            print(f"{name}: PPO step {done_steps:9,d}, return {np.mean(recent):7.1f}, {seconds:5.0f} s", flush=True)
+    envs.close()
+    return snapshots
+
+
+# -------------------------------------------------------------------------------- datasets
+
+
+class Snapshot:
+    """A snapshot of PPO with a share of its exploration noise, drawn anew for each episode, up to one and a half times."""
+
+    def __init__(self, state_dict, rng):
+        action_size, state_size = len(state_dict["log_std"]), len(state_dict["normalise.mean"])
+        self.policy, self.rng = Policy(state_size, action_size), rng
+        self.policy.load_state_dict(state_dict)
+
+    def reset(self):
+        self.noise = self.rng.uniform(0, 1)
+
+    @torch.no_grad()
+    def act(self, observation):
+        normalised = self.policy.normalise(torch.as_tensor(observation, dtype=torch.float32))
+        distribution = self.policy(normalised)
+        return distribution.mean.numpy() + self.noise * distribution.stddev.numpy() * self.rng.standard_normal(
+            len(distribution.mean)
+        )
+
+
+class Reacher:
+    """Drives the arm of reacher2d by Jacobian-transpose control, with a strength that varies between episodes."""
+
+    LINKS = 0.1, 0.11  # metres
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def reset(self):
+        self.strength = self.rng.uniform(0, 1) ** 2
+        self.noise = self.rng.uniform(0, 0.3)
+
+    def act(self, observation):
+        cos, sin, velocity, error = observation[0:2], observation[2:4], observation[6:8], observation[8:10]
+        elbow = self.LINKS[0] * np.array([cos[0], sin[0]])
+        tip = elbow + self.LINKS[1] * np.array([cos[0] * cos[1] - sin[0] * sin[1], sin[0] * cos[1] + cos[0] * sin[1]])
+        jacobian = np.array([[-tip[1], -(tip - elbow)[1]], [tip[0], (tip - elbow)[0]]])
+        torque = -100.0 * self.strength * jacobian.T @ error - 0.1 * velocity
+        return torque + self.noise * self.rng.standard_normal(2)
+
+
+def collect(env, policies, steps, seed):
+    """Episodes of the policies in turn until there are `steps` steps -> Minari EpisodeBuffers, float32."""
+    from minari.data_collector import EpisodeBuffer
+
+    episodes, total = [], 0
+    while total < steps:
+        policy = policies[len(episodes) % len(policies)]
+        policy.reset()
+        observation, _ = env.reset(seed=seed + len(episodes))
+        observations, actions, rewards, terminations, truncations = [observation], [], [], [], []
+        while not actions or not (terminations[-1] or truncations[-1]):
+            action = np.clip(policy.act(observation), env.action_space.low, env.action_space.high).astype(np.float32)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            observations.append(observation)
+            actions.append(action)
+            rewards.append(reward)
+            terminations.append(terminated)
+            truncations.append(truncated)
+        episodes.append(
+            EpisodeBuffer(
+                id=len(episodes),
+                seed=seed + len(episodes),
+                observations=np.array(observations, np.float32),
+                actions=np.array(actions),
+                rewards=np.array(rewards, np.float32),
+                terminations=np.array(terminations),
+                truncations=np.array(truncations),
+            )
+        )
+        total += len(rewards)
+    return episodes
+
+
+def make_dataset(name, folder, build, steps, seed):
+    """Train, collect, and write the Minari dataset lamo/<name>/demo-v0 below `folder`, compressed."""
+    start = time.time()
+    task = TASKS[name]
+    steps = steps or task.dataset_steps
+    rng = np.random.default_rng(seed)
+    if task.ppo_steps:
+        ppo_steps = min(task.ppo_steps, 20 * steps)  # a small dataset comes from a short training
+        snapshots = train_ppo(name, task, ppo_steps, build, seed)
+        best = max(snapshot["return"] for snapshot in snapshots)
+        able = [snapshot for snapshot in snapshots if snapshot["return"] >= task.weakest * best]
+        policies = [Snapshot(snapshot["policy"], rng) for snapshot in able]
+        algorithm = f"PPO, {len(policies)} snapshots of one training of {ppo_steps} steps"
+    else:
+        policies, algorithm = [Reacher(rng)], "Jacobian-transpose control of varying strength"
+    with gym.make(task.env_id) as env:
+        episodes = collect(env, policies, steps, seed)
+        write_dataset(name, folder, env, episodes, task.reference, algorithm)
+    returns = np.array([episode.rewards.sum() for episode in episodes])
+    print(
+        f"{name}: {len(episodes)} episodes, {sum(map(len, episodes))} steps, returns {returns.min():.1f} to "
+        f"{returns.max():.1f}, mean {returns.mean():.1f}, {time.time() - start:.0f} s on {machine()}",
+        flush=True,
+    )
+
+
+def write_dataset(name, folder, env, episodes, reference, algorithm):
+    """Write a Minari dataset, then its HDF5 file once more with compression, which Minari has no option for."""
+    import h5py
+    import minari
+
+    dataset_id = f"lamo/{name}/demo-v0"
+    space = env.observation_space
+    shutil.rmtree(folder / dataset_id, ignore_errors=True)
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    minari.create_dataset_from_buffers(
+        dataset_id,
+        episodes,
+        env=env,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32),
+        algorithm_name=algorithm,
+        author="LaMo contributors",
+        author_email="none",
+        code_permalink=f"demo/make.py --only {name}",
+        ref_min_score=reference[0],
+        ref_max_score=reference[1],
+        description=f"Rollouts of mixed quality in {env.spec.id}, for the demo of LaMo. Not a D4RL dataset.",
+        requirements=["gymnasium[mujoco]"],
+    )
+    path = folder / dataset_id / "data" / "main_data.hdf5"
+    packed = path.with_suffix(".packed")
+    with h5py.File(path) as source, h5py.File(packed, "w", libver="latest", track_order=True) as target:
+
+        def copy(key, item):
+            if isinstance(item, h5py.Group):
+                made = target.require_group(key)
+            else:
+                made = target.create_dataset(key, data=item[()], compression="gzip", compression_opts=9, shuffle=True)
+            made.attrs.update(item.attrs)
+
+        source.visititems(copy)
+    os.replace(packed, path)
+
+
+# -------------------------------------------------------------------------------- language model
+
+GPT2_TINY = dict(vocab_size=4096, n_positions=256, n_embd=128, n_layer=3, n_head=4, dropout=0.0)
+LM_STEPS, LM_BATCH, LM_LR, LM_WARMUP, LM_EVERY = 6000, 16, 2e-3, 200, 100
+
+
+def documents():
+    """English text of this Python installation: docstrings, and documentation files, without duplicates.
+
+    pydoc_data.topics is left out: it is what lamo.py trains and measures its language loss on offline.
+    """
+    roots = sorted({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+    seen = set()
+    for root in roots:
+        for path in sorted(Path(root).rglob("*")):
+            if "pydoc_data" in path.parts or "test" in path.parts or "tests" in path.parts:
+                continue
+            try:
+                if path.suffix == ".py":
+                    tree = ast.parse(path.read_text("utf-8"))
+                    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+                    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes)]
+                elif path.suffix in (".rst", ".md", ".txt") or path.name == "METADATA":
+                    found = [path.read_text("utf-8")]
+                else:
+                    continue
+            except (OSError, SyntaxError, ValueError, RecursionError):
+                continue  # unreadable, or Python of another version
+            for text in found:
+                # Lists of files and tables of numbers are not English: most characters must be letters or spaces.
+                words = text and len(text) > 60 and sum(c.isalpha() or c.isspace() for c in text) > 0.75 * len(text)
+                if words and text not in seen:
+                    seen.add(text)
+                    yield text.strip() + "\n"
+
+
+def make_corpus(build):
+    """Train a byte-level BPE tokenizer and tokenise the documents -> tokenizer, train tokens, held-out tokens.
+
+    Every 50th document is held out. Kept in `build`, so that another machine can train on the same tokens.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+
+    folder = build / "corpus"
+    if not (folder / "held_out.npy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = list(documents())
+        print(f"gpt2-tiny: {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(
+            texts, vocab_size=GPT2_TINY["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False
+        )
+        bpe.save_model(str(folder))
+        tokenizer = GPT2TokenizerFast.from_pretrained(folder)
+        ids = tokenizer(texts, verbose=False)["input_ids"]
+        end = [tokenizer.eos_token_id]
+        for name, part in (
+            ("train", [i for k, i in enumerate(ids) if k % 50]),
+            ("held_out", ids[::50]),
+        ):
+            np.save(folder / f"{name}.npy", np.concatenate([np.array(i + end, np.uint16) for i in part]))
+    tokenizer = GPT2TokenizerFast.from_pretrained(folder, model_max_length=GPT2_TINY["n_positions"])
+    return tokenizer, np.load(folder / "train.npy"), np.load(folder / "held_out.npy")
+
+
+def make_gpt2_tiny(target, build, steps, seed):
+    """Pre-train a small GPT-2 with transformers and save it as an ordinary Hugging Face folder."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer, train, held_out = make_corpus(build)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dropout = GPT2_TINY["dropout"]
+    config = GPT2Config(
+        **{key: value for key, value in GPT2_TINY.items() if key != "dropout"},
+        embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    block = config.n_positions
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LM_LR, weight_decay=0.1, betas=(0.9, 0.95))
+    counts = np.bincount(train, minlength=config.vocab_size) + 1
+    unigram = -np.log(counts / counts.sum())[held_out].mean()  # cross-entropy of a unigram model, add-one smoothed
+    print(f"gpt2-tiny: {len(train):,} tokens to train on, {len(held_out):,} held out, unigram {unigram:.3f} nats")
+    blocks = torch.from_numpy(held_out[: len(held_out) // block * block].astype(np.int64)).view(-1, block)
+    tokens = torch.from_numpy(train.astype(np.int64)).to(device)
+
+    @torch.no_grad()
+    def held_out_loss(blocks):
+        model.eval()
+        losses = [model(input_ids=part, labels=part).loss.item() for part in blocks.to(device).split(16)]
+        model.train()
+        return float(np.mean(losses))
+
+    path, step, seconds = build / f"gpt2-tiny-{steps}-{seed}.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    start = time.time() - seconds
+    while step < steps:
+        rng = np.random.default_rng([seed, step])
+        index = torch.from_numpy(rng.integers(len(train) - block, size=(LM_BATCH, 1)) + np.arange(block)).to(device)
+        for group in optimizer.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = LM_LR * min((step + 1) / LM_WARMUP, 0.05 + 0.95 * cosine)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = model(input_ids=tokens[index], labels=tokens[index]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % LM_EVERY == 0 or step == steps:
+            seconds = time.time() - start
+            partial = path.with_suffix(".tmp")
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds},
+                partial,
+            )
+            os.replace(partial, path)
+            print(
+                f"gpt2-tiny: step {step:6d} of {steps}, train {loss.item():.3f}, held out {held_out_loss(blocks[:64]):.3f} nats, "
+                f"{seconds:.0f} s",
+                flush=True,
+            )
+    model.eval().half().cpu().save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    model.float().to(device)
+    torch.manual_seed(seed)
+    prompt = tokenizer("The function returns", return_tensors="pt").input_ids.to(device)
+    sample = tokenizer.decode(model.generate(prompt, max_new_tokens=80, do_sample=True, top_k=40, temperature=0.8)[0])
+    return {
+        "command": "python demo/make.py --only gpt2-tiny", "seed": seed, "steps": steps, "seconds": round(seconds),
+        "machine": machine(), "train_tokens": len(train), "held_out_tokens": len(held_out),
+        "unigram_nats": round(float(unigram), 3), "held_out_nats": round(held_out_loss(blocks[: len(blocks) // 16 * 16]), 3), "sample": sample,
+    }  # fmt: skip
+
+
+def machine():
+    """What this runs on, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+# -------------------------------------------------------------------------------- main
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", choices=[*TASKS, "gpt2-tiny"], help="make this one")
+    parser.add_argument(
+        "--steps", type=int, help="environment steps of a dataset; training steps of the language model"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
+    options = parser.parse_args()
+    build = options.out / "build"
+    build.mkdir(parents=True, exist_ok=True)
+    for name in [options.only] if options.only else [*TASKS, "gpt2-tiny"]:
+        if name == "gpt2-tiny":
+            make_gpt2_tiny(options.out / name, build, options.steps or LM_STEPS, options.seed)
+        else:
+            make_dataset(name, options.out, build, options.steps, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,729 @@
+"""Tests of lamo.py and eval.py; each compares with something independent of the code that it guards.
+
+    python -m pytest -q
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from minari.data_collector import EpisodeBuffer
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+import eval as evaluation
+import lamo
+from eval import InputError
+from lamo import GPT2, LaMo, LoRALinear, Text, Trajectories
+
+HERE = Path(__file__).resolve().parent
+HOPPER = HERE / "demo" / "lamo" / "hopper" / "demo-v0"
+WORDS = "the policy takes an action and the environment gives a reward ; the state of the leg is a vector . "
+
+
+def tiny_config(**changes):
+    return GPT2Config(
+        **{"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0}
+        | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+        | changes
+    )
+
+
+def tiny_lamo(embed="mlp", S=3, A=2, lora_rank=4, low=(-1, -2), high=(1, 3), seed=0, **changes):
+    torch.manual_seed(seed)
+    gpt2 = GPT2(tiny_config(**changes))
+    if lora_rank:
+        gpt2.add_lora(lora_rank, 8.0, 0.0)
+    mean, std = torch.randn(S), torch.rand(S) + 0.5
+    low, high = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
+    return LaMo(gpt2, low[:A], high[:A], 100, 5, 10.0, embed, mean, std)
+
+
+def some_trajectories(lengths=(7, 1, 12, 30), S=3, A=2):
+    rng = np.random.default_rng(0)
+    return (
+        [rng.normal(size=(n, S)) for n in lengths],
+        [rng.uniform(-1, 1, size=(n, A)) for n in lengths],
+        [rng.normal(size=n) for n in lengths],
+    )
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory):
+    """A GPT-2 with saved weights and a tokenizer, in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([WORDS], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.save_model(str(folder))
+    GPT2TokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    torch.manual_seed(1)
+    GPT2LMHeadModel(tiny_config(initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------- GPT-2
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_inner": 48}, {"layer_norm_epsilon": 1e-3}, {"n_layer": 3, "n_head": 2}])
+def test_logits_equal_transformers(tmp_path, changes):
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(tiny_config(initializer_range=0.3, **changes)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases and LayerNorms too
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    ours = GPT2.from_pretrained(tmp_path, local_files_only=True).eval()
+    tokens = torch.randint(300, (3, 40))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.5  # logits that say something
+
+
+def test_demo_model_equals_transformers_and_knows_english():
+    theirs = GPT2LMHeadModel.from_pretrained(HERE / "demo" / "gpt2-tiny", dtype=torch.float32).eval()
+    ours = GPT2.from_pretrained(HERE / "demo" / "gpt2-tiny", local_files_only=True).eval()
+    tokenizer = lamo.AutoTokenizer.from_pretrained(HERE / "demo" / "gpt2-tiny")
+    tokens = torch.tensor([tokenizer("Return True if the object is a subclass of the given class, and False otherwise.").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+        loss = F.cross_entropy(ours(tokens)[0, :-1], tokens[0, 1:])
+    assert loss < math.log(len(tokenizer)) - 3  # trained: far below a uniform guess
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model = GPT2(tiny_config(embd_pdrop=0.5))
+    tokens = torch.randint(300, (1, 8))
+    assert not torch.equal(model.train()(tokens), model(tokens))
+    assert torch.equal(model.eval()(tokens), model(tokens))
+
+
+# ---------------------------------------------------------------------------- LoRA
+
+
+def test_lora_starts_as_the_plain_layer_and_merges():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 48)
+    lora = LoRALinear(linear, rank=4, alpha=8, dropout=0.0)
+    x = torch.randn(5, 7, 16)
+    assert torch.equal(lora(x), linear(x))
+    torch.nn.init.normal_(lora.B)
+    with torch.no_grad():
+        parts = [2.0 * x @ A.T @ B.T for A, B in zip(lora.A, lora.B)]  # alpha / r = 2, one pair each for q, k, v
+        torch.testing.assert_close(lora(x), linear(x) + torch.cat(parts, dim=-1))
+        merged = lora.merge()
+        assert isinstance(merged, torch.nn.Linear)
+        torch.testing.assert_close(merged(x), lora(x), atol=1e-5, rtol=0)
+    assert (lora(x) - linear(x)).abs().max() > 0.1
+
+
+def test_lora_trains_what_it_should_and_no_more():
+    model = GPT2(tiny_config())
+    model.add_lora(4, 8.0, 0.1)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == {f"h.{i}.attn.c_attn.{name}" for i in range(2) for name in ("A", "B", "bias")}
+
+
+def test_trainable_share_of_gpt2_small():
+    with torch.device("meta"):
+        gpt2 = GPT2(GPT2Config())
+        assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808  # as published
+        gpt2.add_lora(16, 32.0, 0.1)
+    trains = sum(p.numel() for p in gpt2.parameters() if p.requires_grad)
+    assert trains == 12 * (3 * 16 * (768 + 768) + 3 * 768)
+    assert round(100 * trains / sum(p.numel() for p in gpt2.parameters()), 2) == 0.73
+
+
+# ---------------------------------------------------------------------------- LaMo
+
+
+def history(model, B=4, K=5, S=3, A=2):
+    torch.manual_seed(3)
+    timesteps = torch.randint(0, 90, (B, 1)) + torch.arange(K)
+    return [torch.randn(B, K), torch.randn(B, K, S), torch.rand(B, K, A), timesteps]
+
+
+@pytest.mark.parametrize("embed", ["mlp", "linear"])
+def test_no_action_sees_itself_or_what_comes_later(embed):
+    model = tiny_lamo(embed).eval()
+    for block in model.gpt2.h:
+        torch.nn.init.normal_(block.attn.c_attn.B)
+    inputs = history(model)
+    with torch.no_grad():
+        before = model(*inputs)
+        for step in range(5):
+            for which, first in ((0, step), (1, step), (2, step + 1)):  # a_t is seen from a_{t+1} on only
+                changed = [x.clone() for x in inputs]
+                changed[which][:, step] += 1.0
+                after = model(*changed)
+                assert torch.equal(after[:, :first], before[:, :first])
+                if first < 5:
+                    assert (after[:, first] - before[:, first]).abs().max() > 1e-6
+
+
+def test_right_padding_changes_nothing():
+    model = tiny_lamo().eval()
+    inputs = history(model)
+    with torch.no_grad():
+        whole = model(*inputs)
+        short = model(*(x[:, :3] for x in inputs))
+    torch.testing.assert_close(whole[:, :3], short, atol=1e-6, rtol=0)
+    trajectories = Trajectories(*some_trajectories((3,)))
+    batch = trajectories.batch(1, 5)
+    with torch.no_grad():
+        start = int(batch["timesteps"][0, 0])
+        exact = model(*(batch[k][:, : 3 - start] for k in ("returns_to_go", "states", "actions", "timesteps")))
+        error = (exact - model.scale_actions(batch["actions"][:, : 3 - start])) ** 2
+        torch.testing.assert_close(model.action_loss(batch), error.mean())
+
+
+def test_act_is_the_last_prediction_in_the_environments_units():
+    model = tiny_lamo().eval()
+    inputs = history(model)
+    with torch.no_grad():
+        expected = (model(*inputs)[:, -1].clamp(-1, 1) + 1) / 2 * torch.tensor([2.0, 5.0]) + torch.tensor([-1.0, -2.0])
+    torch.testing.assert_close(model.act(*inputs), expected)
+    unknown = [x.clone() for x in inputs]
+    unknown[2][:, -1] = 0  # the action that is asked for
+    assert torch.equal(model.act(*unknown), model.act(*inputs))
+
+
+def test_embedders_follow_the_formula():
+    embedder = lamo.Embedder(3, 8)
+    x = torch.randn(5, 3)
+    h = x @ embedder.input.weight.T + embedder.input.bias
+    gelu = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    torch.testing.assert_close(embedder(x), h + gelu @ embedder.residual.weight.T + embedder.residual.bias)
+
+
+@pytest.mark.parametrize(
+    "method, frozen",
+    [
+        ("lamo", lambda name: name.startswith("gpt2.") and not name.endswith(("c_attn.A", "c_attn.B", "c_attn.bias"))),
+        ("wiki-rl", lambda name: False),
+        ("dt", lambda name: False),
+    ],
+)
+def test_gradients_reach_exactly_what_trains(lm_folder, method, frozen):
+    chosen = lamo.METHODS[method] | {"lm": str(lm_folder)} if method != "dt" else lamo.METHODS[method]
+    config = replace(lamo.Config(), **chosen)
+    torch.manual_seed(0)
+    model = LaMo(lamo.build_gpt2(config, 0, 0), torch.full((2,), -1.0), torch.ones(2), 50, 5, 1.0, config.embed, [0] * 3, [1] * 3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter)  # at zero, no gradient would reach A
+    loss = model.action_loss(Trajectories(*some_trajectories()).batch(8, 5))
+    if config.lang_coef:
+        loss = loss + config.lang_coef * model.language_loss(torch.randint(300, (2, 64)))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert reached == (not frozen(name) and parameter.numel() > 0), name
+
+
+def test_language_loss_equals_transformers(lm_folder):
+    theirs = GPT2LMHeadModel.from_pretrained(lm_folder).eval()
+    model = LaMo(GPT2.from_pretrained(lm_folder, local_files_only=True), [-1.0], [1.0], 10, 5, 1.0, "mlp", [0], [1]).eval()
+    tokens = torch.randint(300, (4, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(model.language_loss(tokens), theirs(tokens, labels=tokens).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_can_be_overfitted():
+    model = tiny_lamo(lora_rank=0)
+    batch = Trajectories(*some_trajectories()).batch(8, 5)
+    tokens = torch.randint(300, (2, 16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        loss = model.action_loss(batch) + 0.1 * model.language_loss(tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert model.action_loss(batch) < 1e-2 and model.language_loss(tokens) < 0.1
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def test_windows_equal_a_brute_force_loop():
+    observations, actions, rewards = some_trajectories()
+    trajectories = Trajectories(observations, actions, rewards)
+    torch.manual_seed(0)
+    batch = trajectories.batch(500, 5)
+    starts = {float(o[0]): (i, t) for i, part in enumerate(observations) for t, o in enumerate(part.astype(np.float32))}
+    for b in range(500):
+        i, t = starts[float(batch["states"][b, 0, 0])]
+        real = min(5, len(rewards[i]) - t)
+        assert batch["mask"][b].tolist() == [True] * real + [False] * (5 - real)
+        for k in range(real):
+            np.testing.assert_allclose(batch["states"][b, k], observations[i][t + k], rtol=1e-6)
+            np.testing.assert_allclose(batch["actions"][b, k], actions[i][t + k], rtol=1e-6)
+            assert batch["timesteps"][b, k] == t + k
+            expected = sum(rewards[i][j] for j in range(t + k, len(rewards[i])))
+            np.testing.assert_allclose(batch["returns_to_go"][b, k], expected, rtol=1e-5, atol=1e-6)
+    assert len({starts[float(x)] for x in batch["states"][:, 0, 0]}) == 50  # every step has been a start
+
+
+def test_starts_are_uniform_over_steps():
+    trajectories = Trajectories(*some_trajectories())
+    torch.manual_seed(0)
+    draws = 50_000
+    first = trajectories.batch(draws, 1)["states"][:, 0, 0]
+    _, counts = torch.unique(first, return_counts=True)
+    expected = draws / 50
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert len(counts) == 50 and 23 < chi_square < 86  # 99.9 % of a chi-square with 49 degrees of freedom
+
+
+def test_normalisation_is_that_of_the_kept_trajectories():
+    observations, actions, rewards = some_trajectories()
+    trajectories = Trajectories(observations, actions, rewards)
+    rows = np.concatenate(observations)
+    np.testing.assert_allclose(trajectories.state_mean, rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(trajectories.state_std, rows.std(0) + 1e-6, rtol=1e-5)
+
+
+def test_minari_share_is_seeded_and_whole():
+    dataset = minari.MinariDataset(HOPPER / "data")
+    some = Trajectories.from_minari(dataset, 0.1, seed=0)
+    assert len(some.returns) == int(0.1 * dataset.total_episodes)
+    assert np.array_equal(some.returns, Trajectories.from_minari(dataset, 0.1, seed=0).returns)
+    assert not np.array_equal(some.returns, Trajectories.from_minari(dataset, 0.1, seed=1).returns)
+    every = Trajectories.from_minari(dataset, 1.0, seed=0)
+    np.testing.assert_allclose(every.returns, [e.rewards.astype(np.float64).sum() for e in dataset], rtol=1e-6)
+    assert len(every.states) == dataset.total_steps
+    assert torch.equal(every.states[0], torch.from_numpy(dataset[0].observations[0]))
+
+
+def test_text_is_cropped_held_out_and_cached(tmp_path, monkeypatch, lm_folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "words.txt").write_text((WORDS + "\n") * 200)
+    tokenizer = lamo.AutoTokenizer.from_pretrained(lm_folder)
+    text = lamo.load_text(str(tmp_path / "words.txt"), tokenizer, 16, seed=0)
+    whole = np.concatenate([text.tokens, text.held_out])
+    assert tokenizer.decode(whole) == (WORDS + "\n") * 200
+    assert len(text.held_out) == len(whole) // 10
+    batch = text.batch(50)
+    crops = {tuple(text.tokens[i : i + 16]) for i in range(len(text.tokens) - 15)}
+    assert batch.shape == (50, 16) and batch.dtype == torch.int64
+    assert all(tuple(row.tolist()) in crops for row in batch)
+    assert len(list((tmp_path / "cache" / "lamo").iterdir())) == 1
+    again = lamo.load_text(str(tmp_path / "words.txt"), tokenizer, 16, seed=0)
+    assert isinstance(again.tokens, np.memmap) and np.array_equal(again.tokens, text.tokens)
+
+
+def test_held_out_loss_is_the_mean_over_its_blocks(lm_folder):
+    model = LaMo(GPT2.from_pretrained(lm_folder, local_files_only=True), [-1.0], [1.0], 10, 5, 1.0, "mlp", [0], [1])
+    theirs = GPT2LMHeadModel.from_pretrained(lm_folder).eval()
+    held_out = np.random.default_rng(0).integers(300, size=64).astype(np.uint16)
+    text = Text(np.zeros(64, np.uint16), held_out, 32)
+    blocks = torch.from_numpy(held_out.astype(np.int64)).view(2, 32)
+    with torch.no_grad():
+        expected = theirs(blocks, labels=blocks).loss.item()
+    assert model.training
+    assert text.held_out_loss(model, "cpu") == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def test_learning_rate_warms_up_then_stays_or_falls():
+    config = replace(lamo.Config(), lr=1.0, warmup=10, steps=110)
+    assert [lamo.learning_rate(step, config) for step in (0, 4, 9, 10, 109)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    cosine = replace(config, lr_schedule="cosine")
+    assert [lamo.learning_rate(step, cosine) for step in (4, 10, 60)] == pytest.approx([0.5, 1, 0.5])
+    assert lamo.learning_rate(109, cosine) < 1e-3
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+class Script(torch.nn.Module):
+    """A policy that depends on all of its window, row by row, so that a batch changes no bit of it."""
+
+    context, max_timesteps = 4, 120
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(0.3 * torch.linspace(-1, 1, 33).view(3, 11).sin())
+
+    def act(self, returns_to_go, states, actions, timesteps):
+        rows = []
+        for i in range(len(states)):
+            memory = 0.1 * actions[i, :-1].sum(0) + 1e-3 * returns_to_go[i].sum() + 0.01 * timesteps[i, -1]
+            rows.append(torch.tanh((self.weight * states[i].mean(0)).sum(1) + memory))
+        return torch.stack(rows)
+
+
+def test_vectorised_rollout_equals_one_environment_at_a_time():
+    policy, targets, episodes, seed = Script(), (300.0, 50.0), 3, 7
+    returns, lengths = evaluation.rollout(policy, "Hopper-v5", targets, episodes, seed)
+    assert len(set(lengths.flatten())) > 1  # episodes end at different steps
+    env = gym.make("Hopper-v5")
+    for i, target in enumerate(targets):
+        for episode in range(episodes):
+            observation, _ = env.reset(seed=seed + episode)
+            rtg, states, actions, total = [target], [observation], [], 0.0
+            for t in range(policy.max_timesteps):
+                window = slice(max(0, t - 3), t + 1)
+                padded = actions + [np.zeros(3, np.float32)]
+                action = policy.act(
+                    torch.tensor(rtg, dtype=torch.float32)[None, window],
+                    torch.tensor(np.array(states), dtype=torch.float32)[None, window],
+                    torch.tensor(np.array(padded))[None, window],
+                    torch.arange(t + 1)[None, window],
+                )[0].detach().numpy()
+                observation, reward, terminated, truncated, _ = env.step(action)
+                total += reward
+                actions.append(action)
+                states.append(observation)
+                rtg.append(rtg[-1] - reward)
+                if terminated or truncated:
+                    break
+            assert lengths[i, episode] == t + 1
+            assert returns[i, episode] == pytest.approx(total, rel=1e-4)
+
+
+def test_evaluation_scores():
+    scores = evaluation.evaluate(Script(), "Hopper-v5", (300, 50), 2, 0, (10.0, 60.0))
+    returns, lengths = evaluation.rollout(Script(), "Hopper-v5", (300, 50), 2, 0)
+    assert list(scores) == ["300", "50"]
+    row = scores["50"]
+    assert row["return_mean"] == pytest.approx(returns[1].mean()) and row["return_std"] == pytest.approx(returns[1].std())
+    assert row["length_mean"] == lengths[1].mean()
+    assert row["score"] == pytest.approx((returns[1].mean() - 10) * 2)
+    best, _ = evaluation.best_target(scores)
+    assert scores[best]["return_mean"] == max(row["return_mean"] for row in scores.values())
+
+
+def test_reacher2d_rewards_the_fingertip_on_the_target():
+    env = gym.make("eval:lamo/Reacher2d-v0")
+    env.reset(seed=0)
+    rewards, on_target = [], []
+    for t in range(100):
+        observation, reward, terminated, truncated, _ = env.step(np.array([0.05, -0.1 if t % 2 else 0.1], np.float32))
+        rewards.append(reward)
+        on_target.append(np.linalg.norm(observation[-2:]) < 0.021)
+    assert truncated and not terminated
+    assert rewards == [float(x) for x in on_target]
+    body = env.unwrapped.model.body
+    assert env.unwrapped.ARM_LENGTH == pytest.approx(body("body1").pos[0] + body("fingertip").pos[0])
+
+
+# ---------------------------------------------------------------------------- the command line
+
+SHORT = ["--offline", "--ratio", "0.1", "--steps", "4", "--batch", "4", "--episodes", "1", "--targets", "1500", "800"]
+
+
+def command(script, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, arguments)],
+        capture_output=True, text=True, env=os.environ | environment, timeout=200,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, lm_folder):
+    """A short real run with a language model of our own, through the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    cache = tmp_path_factory.mktemp("cache")
+    result = command("lamo.py", *SHORT, "--lm", lm_folder, "--text-block", 32, "--out", folder, XDG_CACHE_HOME=str(cache))
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_command_line_from_start_to_end(trained):
+    folder, printed = trained
+    scores = json.loads((folder / "scores.json").read_text())
+    assert set(scores) == {
+        "best", "targets", "dataset", "lm", "demo", "text_loss_before", "text_loss_after", "seconds",
+    }  # fmt: skip
+    assert set(scores["best"]) == {"target", "return_mean", "return_std", "score", "length_mean"}
+    assert set(scores["targets"]) == {"1500", "800"} and scores["demo"] is True
+    assert 0 < scores["text_loss_before"] and scores["text_loss_before"] != scores["text_loss_after"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == 4 and config["lora_rank"] == 16 and config["demo"] is True  # given, default, demo
+    assert config["lr_schedule"] == "cosine"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert any("action_loss" in line and "language_loss" in line for line in lines)
+    assert lines[-1]["evaluation"] == scores["targets"]
+    assert printed.count("DEMO ASSETS") == 2
+    assert f"{scores['best']['return_mean']:.1f}" in printed
+    assert not list(folder.glob("partial*"))
+
+
+def test_checkpoint_holds_what_trains_and_acts_the_same(trained, lm_folder):
+    folder, _ = trained
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert "gpt2.h.0.attn.c_attn.A" in checkpoint["model"] and "gpt2.wte.weight" not in checkpoint["model"]
+    policy, config, facts = lamo.load(folder)
+    scores = json.loads((folder / "scores.json").read_text())
+    spec = evaluation.EnvSpec.from_json(facts["env_spec"])
+    again = evaluation.evaluate(policy, spec, config.targets, config.episodes, config.seed, facts["reference"])
+    for target, row in scores["targets"].items():
+        assert again[target]["length_mean"] == pytest.approx(row["length_mean"], abs=1)
+        assert again[target]["return_mean"] == pytest.approx(row["return_mean"], rel=0.02)
+
+
+def test_eval_command_and_video(trained, tmp_path):
+    folder, _ = trained
+    video = tmp_path / "out.gif"
+    result = command("eval.py", folder, "--targets", 1500, "--video", video)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((folder / "scores.json").read_text())
+    assert f"{scores['targets']['1500']['return_mean']:.0f}" in result.stdout
+    from PIL import Image
+
+    with Image.open(video) as image:
+        assert image.n_frames > 2
+        image.seek(2)
+        later = np.asarray(image.convert("RGB")).astype(int)
+        image.seek(0)
+        assert np.abs(np.asarray(image.convert("RGB")).astype(int) - later).max() > 30  # it moves
+
+
+@pytest.mark.parametrize("method", ["dt", "wiki-rl"])
+def test_other_methods_run(method, tmp_path, lm_folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lm = [] if method == "dt" else ["--lm", str(lm_folder)]
+    lamo.run([*SHORT, *lm, "--method", method, "--text-block", "32", "--out", str(tmp_path / "run")])
+    policy, config, _ = lamo.load(tmp_path / "run")
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert (scores["text_loss_before"] is None) == (method == "dt")
+    assert config.embed == "linear" and not any(isinstance(m, LoRALinear) for m in policy.modules())
+    if method == "dt":
+        assert len(policy.gpt2.h) == 3 and policy.gpt2.config.n_embd == 128
+
+
+def test_same_seed_same_run(tmp_path, lm_folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    results = []
+    for i, seed in enumerate((0, 0, 1)):
+        arguments = [*SHORT, "--lm", str(lm_folder), "--text-block", "32", "--seed", str(seed), "--out", str(tmp_path / str(i))]
+        lamo.run(arguments)
+        results.append(json.loads((tmp_path / str(i) / "scores.json").read_text())["targets"])
+    assert results[0] == results[1] != results[2]
+
+
+# ---------------------------------------------------------------------------- with and without the network
+
+REFUSED = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+
+def empty_caches(tmp_path):
+    return REFUSED | {"HF_HOME": str(tmp_path / "hf"), "MINARI_DATASETS_PATH": str(tmp_path / "minari"), "XDG_CACHE_HOME": str(tmp_path)}
+
+
+def test_defaults_fall_back_loudly(tmp_path):
+    result = command(
+        "lamo.py", "--ratio", 0.1, "--steps", 2, "--targets", 900, "--episodes", 1, "--out", tmp_path / "run", **empty_caches(tmp_path)
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    notice = result.stdout.splitlines()[0]
+    assert "DEMO ASSETS, NOT COMPARABLE TO THE PAPER" in notice and "cannot be reached" in notice
+    assert result.stdout.count(notice) == 2
+    assert notice in (tmp_path / "run" / "log.jsonl").read_text()
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["demo"] is True
+
+
+@pytest.mark.parametrize(
+    "named, words",
+    [
+        (["--lm", "gpt2"], "--lm gpt2"),
+        (["--data", "mujoco/hopper/medium-v0"], "mujoco/hopper/medium-v0"),
+        (["--text", "wikitext"], "wikitext"),
+    ],
+)
+def test_what_was_named_is_never_replaced(tmp_path, named, words):
+    result = command("lamo.py", *named, "--out", tmp_path / "run", **empty_caches(tmp_path))
+    assert result.returncode == 2
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_silent_hub_is_given_up_in_three_seconds(monkeypatch):
+    import socket
+    import time
+
+    with socket.socket() as server:  # accepts, and never answers
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setattr(lamo.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(lamo.constants, "HF_HUB_OFFLINE", False)
+        lamo.hub_reachable.cache_clear()
+        start = time.time()
+        assert lamo.hub_reachable() is False
+        assert 1 < time.time() - start < 4
+    lamo.hub_reachable.cache_clear()
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = "from lamo import GPT2, LoRALinear, LaMo, Trajectories, Text"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+def write_dataset(monkeypatch, root, name="test/bad-v0", action_space=None, nan=False, S=11):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    rng = np.random.default_rng(0)
+    buffers = []
+    for _ in range(3):
+        observations = rng.normal(size=(6, S)).astype(np.float32)
+        if nan:
+            observations[2, 1] = np.nan
+        actions = rng.integers(2, size=5) if action_space else rng.uniform(-1, 1, (5, 3)).astype(np.float32)
+        buffers.append(
+            EpisodeBuffer(
+                observations=observations, actions=actions, rewards=np.ones(5), terminations=np.zeros(5, bool),
+                truncations=np.arange(5) == 4,
+            )
+        )  # fmt: skip
+    minari.create_dataset_from_buffers(
+        name, buffers, env="CartPole-v1" if action_space else "Hopper-v5", action_space=action_space,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, (S,), np.float32), algorithm_name="test", author="test",
+        author_email="test", code_permalink="test", description="test", eval_env=None,
+    )  # fmt: skip
+    return root / name
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--env", "humanoid"], "unknown --env humanoid; choose one of hopper"),
+        (["--ratio", "0"], "--ratio"),
+        (["--ratio", "1.5"], "--ratio 1.5"),
+        (["--ratio", "nan"], "--ratio nan"),
+        (["--ratio", "0.0001"], "trajectories"),
+        (["--data", "{tmp}/nowhere"], "nowhere"),
+        (["--data", "{tmp}"], "not a Minari dataset"),
+        (["--lm", "{tmp}"], "--lm {tmp}"),
+        (["--text", "{tmp}/short.txt"], "--text-block"),
+        (["--text", "{tmp}/missing.txt"], "missing.txt"),
+        (["--text", "{tmp}/binary.txt"], "UTF-8"),
+        (["--out", "{tmp}/short.txt/run"], "--out"),
+        (["--out", "{tmp}"], "nothing is overwritten"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--train-trunk"], "--lora-rank 0"),
+        (["--steps", "0"], "--steps 0"),
+        (["--steps", "ten"], "invalid int value"),
+        (["--nonsense"], "--nonsense"),
+        (["--method", "bc"], "bc"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(lamo.constants, "HF_HUB_OFFLINE", True)
+    lamo.hub_reachable.cache_clear()
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "run")]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError) as caught:
+        lamo.run(["--offline", "--steps", "1", *out, *(argument.format(tmp=tmp_path) for argument in arguments)])
+    assert words.format(tmp=tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    left = [path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "cache")]
+    assert sorted(set(left) - set(before) - {tmp_path / "minari"}) == []
+    lamo.hub_reachable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ({"S": 7}, "shape (7,)"),
+        ({"nan": True}, "trajectory"),
+        ({"action_space": gym.spaces.Discrete(2), "S": 4}, "flat vectors of real numbers"),
+    ],
+)
+def test_bad_datasets_are_refused(tmp_path, monkeypatch, kind, words):
+    folder = write_dataset(monkeypatch, tmp_path / "minari", **kind)
+    with pytest.raises(InputError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        lamo.run(["--offline", "--data", str(folder), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_language_models_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig
+
+    GPT2LMHeadModel(tiny_config()).save_pretrained(tmp_path / "lacking")
+    weights = load_file(tmp_path / "lacking" / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="h.1.mlp.c_fc.weight"):
+        GPT2.from_pretrained(tmp_path / "lacking", local_files_only=True)
+    tiny_config().save_pretrained(tmp_path / "empty")
+    with pytest.raises(InputError, match="no GPT-2 weights"):
+        GPT2.from_pretrained(tmp_path / "empty", local_files_only=True)
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="bert"):
+        GPT2.from_pretrained(tmp_path / "bert", local_files_only=True)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "empty" / "pytorch_model.bin")  # would have to be unpickled
+    with pytest.raises(InputError, match="no GPT-2 weights"):
+        GPT2.from_pretrained(tmp_path / "empty", local_files_only=True)
+
+
+def test_bad_checkpoints_are_refused(tmp_path, trained):
+    with pytest.raises(InputError, match="checkpoint"):
+        lamo.load(tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="checkpoint"):
+        lamo.load(tmp_path)
+    checkpoint = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    checkpoint["frozen"] = {name: total + 1 for name, total in checkpoint["frozen"].items()}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="train again"):
+        lamo.load(tmp_path)
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    for script, arguments in (("lamo.py", ["--env", "humanoid"]), ("eval.py", [tmp_path / "none"])):
+        result = command(script, *arguments)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.stderr.startswith(f"{script}: error: ")
+
+
+def test_full_disk_loses_nothing(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("the last good one")
+
+    def fails(file):
+        file.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        lamo.write_whole(path, fails)
+    assert path.read_text() == "the last good one" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------- CUDA
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu(trained):
+    on_cpu, _, _ = lamo.load(trained[0], "cpu")
+    on_cuda, _, _ = lamo.load(trained[0], "cuda")
+    trajectories = Trajectories.from_minari(minari.MinariDataset(HOPPER / "data"), 0.05, 0, "cuda")
+    batch = trajectories.batch(8, 20)
+    inputs = [batch[name] for name in ("returns_to_go", "states", "actions", "timesteps")]
+    torch.testing.assert_close(on_cuda.act(*inputs).cpu(), on_cpu.act(*(x.cpu() for x in inputs)), atol=1e-2, rtol=0)
+    returns, _ = evaluation.rollout(on_cuda, "Hopper-v5", (1500,), 2, 0)
+    assert np.isfinite(returns).all()
