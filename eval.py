@@ -8,6 +8,7 @@ python eval.py runs/hopper-lamo-0.1-0 --video hopper.gif      # render one episo
 import argparse
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import gymnasium as gym
@@ -31,19 +32,24 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the options")
 
 
-def first_line(error):
-    """The first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextmanager
+def explained(advice):
+    """Turn whatever goes wrong inside into an InputError: the advice, and the first line of the cause."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the libraries around us raise many kinds
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{advice} ({cause})") from error
 
 
 def pick_device(name):
     """torch.device of a --device; "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with explained(f"--device {name} cannot be used here; leave it out, or give cpu"):
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used ({first_line(error)}); leave it out, or give cpu") from error
 
 
 class Reacher2d(ReacherEnv):
@@ -71,15 +77,11 @@ def environment(dataset, env_id=None):
     Raises:
         InputError: it cannot be made, its spaces are no vectors of real numbers, or the dataset's do not fit.
     """
-    try:
+    with explained("cannot make the environment of the dataset; install what it needs, or name one with --env"):
         if dataset.env_spec and (env_id is None or gym.spec(env_id).id == dataset.env_spec.id):
             env = dataset.recover_environment(eval_env=True)
         else:
             env = gym.make(env_id)
-    except Exception as error:  # gymnasium and the simulators raise many kinds
-        raise InputError(
-            f"cannot make the dataset's environment ({first_line(error)}); install it, or give --env"
-        ) from error
     for kind in ("observation_space", "action_space"):
         recorded, space = observed(getattr(dataset, kind)), observed(getattr(env, kind))
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -216,16 +218,10 @@ def record(policy, spec, target, seed, path):
     import imageio.v2 as imageio
 
     frames = []
-    try:
+    with explained("cannot render here; install EGL or OSMesa and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"):
         returns, lengths = rollout(policy, spec, [target], 1, seed, frames)
-    except Exception as error:  # OpenGL raises whatever its backend feels like
-        raise InputError(
-            f"cannot render here ({first_line(error)}); install EGL or OSMesa and set MUJOCO_GL=egl or =osmesa"
-        ) from error
-    try:
+    with explained(f"cannot write --video {path}; name another file"):
         imageio.mimsave(path, frames, fps=VIDEO_FPS)
-    except OSError as error:
-        raise InputError(f"cannot write --video {path} ({error}); name another file") from error
     return float(returns[0, 0]), int(lengths[0, 0])
 
 
@@ -247,6 +243,7 @@ def run(arguments):
         os.environ.setdefault("MUJOCO_GL", "egl")  # no screen: before mujoco is imported
     import lamo
 
+    lamo.disable_progress_bar()
     policy, config, facts = lamo.load(options.folder, lamo.pick_device(options.device))
     spec = EnvSpec.from_json(facts["env_spec"])
     if facts["demo"]:

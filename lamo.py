@@ -44,6 +44,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from pyarrow import parquet
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2Model
+from transformers.utils.logging import disable_progress_bar
 
 from eval import (
     InputError,
@@ -51,12 +52,12 @@ from eval import (
     best_target,
     environment,
     evaluate,
-    first_line,
+    explained,
     format_scores,
     observed,
     pick_device,
     references,
-)  # fmt: skip
+)
 
 # ---------------------------------------------------------------------------- configuration
 
@@ -288,30 +289,28 @@ class GPT2(nn.Module):
         Raises:
             InputError: it cannot be had, is not a GPT-2, or lacks weights.
         """
-        kwargs = {"local_files_only": local_files_only}
-        try:
-            config = AutoConfig.from_pretrained(name, **kwargs)
-            if (
-                config.model_type != "gpt2"
-                or config.activation_function != "gelu_new"
-                or not config.tie_word_embeddings
+        with explained(
+            f"no GPT-2 for --lm {name}; give a folder with config.json and model.safetensors, or --offline alone"
+        ):
+            config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+            if (config.model_type, config.activation_function, config.tie_word_embeddings) != (
+                "gpt2",
+                "gelu_new",
+                True,
             ):
                 raise InputError(
                     f"--lm {name} is a {config.model_type} of another architecture than GPT-2's; try distilgpt2"
                 )
             source, report = GPT2Model.from_pretrained(
-                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **kwargs
+                name,
+                local_files_only=local_files_only,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"no GPT-2 weights for --lm {name} {'on this machine' if local_files_only else 'on the hub'} "
-                f"({first_line(error)}); give a folder with config.json and model.safetensors, or use --offline without --lm"
-            ) from error
-        if report["missing_keys"] or report["mismatched_keys"]:
-            missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[0]
-            raise InputError(f"the weights of --lm {name} lack {missing}; save or download the whole model again")
+        missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        if missing:
+            raise InputError(f"the weights of --lm {name} lack {missing[0]}; save or download the whole model again")
         config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
         with torch.device("meta"):
             model = cls(config)
@@ -581,12 +580,10 @@ def load_text(source, tokenizer, block, seed):
     Raises:
         InputError: it cannot be read, or is too short.
     """
-    try:
+    with explained(f"cannot read the text {source}; give a UTF-8 file with --text"):
         if source == "wikitext":
-            paths = [
-                hf_hub_download(**WIKITEXT, filename=name, local_files_only=not hub_reachable())
-                for name in WIKITEXT_FILES
-            ]
+            offline = not hub_reachable()
+            paths = [hf_hub_download(**WIKITEXT, filename=name, local_files_only=offline) for name in WIKITEXT_FILES]
             train = tokenize(lambda: read_parquet(paths[:2]), tokenizer, paths[0])
             return Text(train, tokenize(lambda: read_parquet(paths[2:]), tokenizer, paths[2]), block, seed)
         if source == "pydoc":
@@ -595,10 +592,6 @@ def load_text(source, tokenizer, block, seed):
             path, status = Path(source).resolve(), os.stat(source)
             key = f"{path} {status.st_size} {status.st_mtime_ns}"
             tokens = tokenize(lambda: path.read_text("utf-8").splitlines(keepends=True), tokenizer, key)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read the text {source} ({first_line(error)}); give a UTF-8 file with --text"
-        ) from error
     split = len(tokens) - max(len(tokens) // 10, min(block, len(tokens)))
     return Text(tokens[:split], tokens[split:], block, seed)
 
@@ -634,7 +627,7 @@ def tokenize(read, tokenizer, key):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: np.save(file, tokens))
     except (OSError, InputError) as error:
-        print(f"note: tokens are not kept for the next run: {first_line(error)}", file=sys.stderr)
+        print(f"note: the tokens are not kept for the next run: {error}", file=sys.stderr)
     return tokens
 
 
@@ -658,8 +651,8 @@ def train(model, trajectories, text, config, device, after):
 
     Args:
         text: a Text, or None where lang_coef is 0.
-        after: called as after(steps done, {"action_loss", "language_loss"}) with both losses' means since
-            the last call: every LOG_EVERY steps, and when an evaluation is due.
+        after: called as after(steps done, {"action_loss", "language_loss"}, evaluation due) with both losses'
+            means since the last call: every LOG_EVERY steps, and when an evaluation is due.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -667,7 +660,7 @@ def train(model, trajectories, text, config, device, after):
     )
     model.train()
     sums, count = torch.zeros(2, device=device), 0  # on the device, so that no step waits for it
-    progress = tqdm(range(1, config.steps + 1), desc="training", unit="step")
+    progress = tqdm(range(1, config.steps + 1), desc="training", unit="step", mininterval=1)
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, config)
@@ -683,17 +676,13 @@ def train(model, trajectories, text, config, device, after):
 
         sums += torch.stack([action_loss.detach(), language_loss.detach()])
         count += 1
-        if step % LOG_EVERY == 0 or evaluation_due(step, config):
+        due = step % config.eval_every == 0 or step == config.steps
+        if step % LOG_EVERY == 0 or due:
             losses = dict(zip(("action_loss", "language_loss"), (sums / count).tolist()))
             progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
-            after(step, losses)
+            after(step, losses, due)
             sums.zero_()
             count = 0
-
-
-def evaluation_due(step, config):
-    """Whether the policy is evaluated and saved after this many steps."""
-    return step % config.eval_every == 0 or step == config.steps
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -707,13 +696,11 @@ def write_whole(path, write):
     """
     partial = path.with_name(f"partial-{path.name}")
     try:
-        write(partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        with explained(f"cannot write {path}; free some space, or choose another --out"):
+            write(partial)
+            os.replace(partial, path)
+    finally:
         partial.unlink(missing_ok=True)
-        raise InputError(
-            f"cannot write {path} ({first_line(error)}); free some space, or choose another --out"
-        ) from error
 
 
 def save(model, config, facts, path):
@@ -742,23 +729,16 @@ def load(folder, device="cpu"):
         InputError: there is no checkpoint, it is damaged, or its language model is not the one it was trained on.
     """
     path = Path(folder) / "checkpoint.pt"
-    try:
+    with explained(f"{path} cannot be read; name the folder of a run of lamo.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, state = Config(**checkpoint["config"]), checkpoint["model"]
-        tables = [len(state.get(f"gpt2.{name}.weight", ())) for name in ("wte", "wpe")]
-        gpt2 = build_gpt2(config, *tables)
+        gpt2 = build_gpt2(config, *(len(state.get(f"gpt2.{table}.weight", ())) for table in ("wte", "wpe")))
         center, radius = state["action_center"], state["action_radius"]
         model = LaMo(
             gpt2, center - radius, center + radius, len(state["embed_timestep.weight"]), config.context,
             state["return_scale"], config.embed, state["state_mean"], state["state_std"],
         )  # fmt: skip
         model.load_state_dict(state, strict=False)
-    except InputError:
-        raise
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        raise InputError(
-            f"{path} is not a checkpoint that can be read ({first_line(error)}); name the folder of a run"
-        ) from error
     whole = model.state_dict()
     for name, total in checkpoint["frozen"].items():
         if not math.isclose(float(whole[name].double().abs().sum()), total, rel_tol=1e-5):
@@ -824,12 +804,16 @@ def configure(arguments):
         wanted["data"] = task.data, minari_folder(task.data).is_dir(), DEMO / "lamo" / config.env / "demo-v0"
     if "text" not in chosen and config.lang_coef > 0:
         wanted["text"] = "wikitext", all(in_hub_cache(name, **WIKITEXT) for name in WIKITEXT_FILES), "pydoc"
+    if config.offline:
+        constants.HF_HUB_OFFLINE = True  # huggingface_hub's own switch
     missing = [name for name, (_, cached, _) in wanted.items() if config.offline or not (cached or hub_reachable())]
+    why = "--offline" if config.offline else "the Hugging Face hub cannot be reached"
     for name, (paper, _, demo) in wanted.items():
+        if name in missing and isinstance(demo, Path) and not demo.is_dir():
+            raise InputError(f"{paper} cannot be fetched ({why}), and there is no {demo}; name one with --{name}")
         config = replace(config, **{name: str(demo if name in missing else paper)})
     notice = None
     if missing:
-        why = "--offline" if config.offline else "the Hugging Face hub cannot be reached"
         notice = (
             f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER ({why}): {', '.join(missing)} and smaller settings from demo/"
         )
@@ -886,39 +870,26 @@ def load_dataset(name):
     Raises:
         InputError: it cannot be had, or not be read.
     """
-    try:
+    with explained(f"cannot get the dataset {name}; `minari list remote` lists what there is"):
         folder = Path(name) if Path(name).is_dir() else minari_folder(name)
         if not folder.is_dir() and hub_reachable():
             minari.download_dataset(name)
-    except Exception as error:  # Minari and the hub's client raise many kinds
-        raise InputError(
-            f"cannot get the dataset {name} ({first_line(error)}); `minari list remote` lists them"
-        ) from error
     if not folder.is_dir():
         raise InputError(
             f"the dataset {name} is not in {folder.parent}, and the Hugging Face hub cannot be reached; run "
             f"`minari download {name}` where it can be, give a folder with --data, or use --offline without --data"
         )
-    try:
+    with explained(f"{folder} is not a Minari dataset that can be read; make or download it anew"):
         return minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
-    except Exception as error:  # json, h5py and Minari raise many kinds
-        raise InputError(
-            f"{folder} is not a Minari dataset that can be read ({first_line(error)}); make it anew"
-        ) from error
 
 
 def load_tokenizer(config):
     """The language model's tokenizer; for random weights GPT-2's, or the demo's where that cannot be had."""
     name = config.lm
     if name == "none":
-        fetch = not config.offline and (in_hub_cache("tokenizer.json", repo_id="gpt2") or hub_reachable())
-        name = "gpt2" if fetch else str(DEMO / "gpt2-tiny")
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=config.offline or not fetchable(name))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(
-            f"no tokenizer for --lm {name} ({first_line(error)}); put its files beside the weights"
-        ) from error
+        name = str(DEMO / "gpt2-tiny") if config.text == "pydoc" else "gpt2"
+    with explained(f"no tokenizer for --lm {name}; put its files beside the weights"):
+        return AutoTokenizer.from_pretrained(name, local_files_only=not fetchable(name))
 
 
 def fetchable(name):
@@ -937,7 +908,7 @@ def build_gpt2(config, vocab_size, n_positions):
             )
         )  # fmt: skip
     else:
-        gpt2 = GPT2.from_pretrained(config.lm, config.dropout, config.offline or not fetchable(config.lm))
+        gpt2 = GPT2.from_pretrained(config.lm, config.dropout, local_files_only=not fetchable(config.lm))
     gpt2.requires_grad_(config.train_trunk)
     if config.lora_rank > 0:
         gpt2.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -1010,12 +981,8 @@ def run(arguments):
     print(f"run     {config.steps:,} steps on {device}, into {out}", flush=True)
     if device.type == "cpu":
         warn_if_slow(model, trajectories, config)
-    try:
+    with explained(f"cannot make the folder {out}; choose another one with --out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make the folder {out} ({first_line(error)}); choose another one with --out"
-        ) from error
     write_whole(out / "config.json", lambda file: file.write_text(json.dumps(asdict(config) | facts, indent=2) + "\n"))
 
     lines, scores = [], {}
@@ -1024,9 +991,9 @@ def run(arguments):
         lines.append(json.dumps({"seconds": round(time.time() - start, 1)} | line) + "\n")
         write_whole(out / "log.jsonl", lambda file: file.write_text("".join(lines)))
 
-    def after(step, losses):
+    def after(step, losses, due):
         log({"step": step} | losses)
-        if evaluation_due(step, config):
+        if due:
             save(model, config, facts, out / "checkpoint.pt")
             scores.update(evaluate(model, spec, config.targets, config.episodes, config.seed, (low, high)))
             log({"step": step, "evaluation": scores})
@@ -1054,6 +1021,7 @@ def run(arguments):
 
 def main():
     """The command line; exit code 0, or 2 after one line that says what is wrong and what to do."""
+    disable_progress_bar()  # of reading weights from the disk, which takes a moment
     try:
         run(sys.argv[1:])
     except InputError as error:

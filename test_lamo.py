@@ -1,6 +1,6 @@
 """Tests of lamo.py and eval.py; each compares with something independent of the code that it guards.
 
-    python -m pytest -q
+python -m pytest -q
 """
 
 import json
@@ -94,7 +94,9 @@ def test_demo_model_equals_transformers_and_knows_english():
     theirs = GPT2LMHeadModel.from_pretrained(HERE / "demo" / "gpt2-tiny", dtype=torch.float32).eval()
     ours = GPT2.from_pretrained(HERE / "demo" / "gpt2-tiny", local_files_only=True).eval()
     tokenizer = lamo.AutoTokenizer.from_pretrained(HERE / "demo" / "gpt2-tiny")
-    tokens = torch.tensor([tokenizer("Return True if the object is a subclass of the given class, and False otherwise.").input_ids])
+    tokens = torch.tensor(
+        [tokenizer("Return True if the object is a subclass of the given class, and False otherwise.").input_ids]
+    )
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
         loss = F.cross_entropy(ours(tokens)[0, :-1], tokens[0, 1:])
@@ -219,7 +221,9 @@ def test_gradients_reach_exactly_what_trains(lm_folder, method, frozen):
     chosen = lamo.METHODS[method] | {"lm": str(lm_folder)} if method != "dt" else lamo.METHODS[method]
     config = replace(lamo.Config(), **chosen)
     torch.manual_seed(0)
-    model = LaMo(lamo.build_gpt2(config, 0, 0), torch.full((2,), -1.0), torch.ones(2), 50, 5, 1.0, config.embed, [0] * 3, [1] * 3)
+    model = LaMo(
+        lamo.build_gpt2(config, 0, 0), torch.full((2,), -1.0), torch.ones(2), 50, 5, 1.0, config.embed, [0] * 3, [1] * 3
+    )
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter)  # at zero, no gradient would reach A
@@ -234,10 +238,14 @@ def test_gradients_reach_exactly_what_trains(lm_folder, method, frozen):
 
 def test_language_loss_equals_transformers(lm_folder):
     theirs = GPT2LMHeadModel.from_pretrained(lm_folder).eval()
-    model = LaMo(GPT2.from_pretrained(lm_folder, local_files_only=True), [-1.0], [1.0], 10, 5, 1.0, "mlp", [0], [1]).eval()
+    model = LaMo(
+        GPT2.from_pretrained(lm_folder, local_files_only=True), [-1.0], [1.0], 10, 5, 1.0, "mlp", [0], [1]
+    ).eval()
     tokens = torch.randint(300, (4, 50))
     with torch.no_grad():
-        torch.testing.assert_close(model.language_loss(tokens), theirs(tokens, labels=tokens).loss, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.language_loss(tokens), theirs(tokens, labels=tokens).loss, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_batch_can_be_overfitted():
@@ -379,12 +387,16 @@ def test_vectorised_rollout_equals_one_environment_at_a_time():
             for t in range(policy.max_timesteps):
                 window = slice(max(0, t - 3), t + 1)
                 padded = actions + [np.zeros(3, np.float32)]
-                action = policy.act(
-                    torch.tensor(rtg, dtype=torch.float32)[None, window],
-                    torch.tensor(np.array(states), dtype=torch.float32)[None, window],
-                    torch.tensor(np.array(padded))[None, window],
-                    torch.arange(t + 1)[None, window],
-                )[0].detach().numpy()
+                action = (
+                    policy.act(
+                        torch.tensor(rtg, dtype=torch.float32)[None, window],
+                        torch.tensor(np.array(states), dtype=torch.float32)[None, window],
+                        torch.tensor(np.array(padded))[None, window],
+                        torch.arange(t + 1)[None, window],
+                    )[0]
+                    .detach()
+                    .numpy()
+                )
                 observation, reward, terminated, truncated, _ = env.step(action)
                 total += reward
                 actions.append(action)
@@ -401,7 +413,9 @@ def test_evaluation_scores():
     returns, lengths = evaluation.rollout(Script(), "Hopper-v5", (300, 50), 2, 0)
     assert list(scores) == ["300", "50"]
     row = scores["50"]
-    assert row["return_mean"] == pytest.approx(returns[1].mean()) and row["return_std"] == pytest.approx(returns[1].std())
+    assert row["return_mean"] == pytest.approx(returns[1].mean()) and row["return_std"] == pytest.approx(
+        returns[1].std()
+    )
     assert row["length_mean"] == lengths[1].mean()
     assert row["score"] == pytest.approx((returns[1].mean() - 10) * 2)
     best, _ = evaluation.best_target(scores)
@@ -439,7 +453,9 @@ def trained(tmp_path_factory, lm_folder):
     """A short real run with a language model of our own, through the command line."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     cache = tmp_path_factory.mktemp("cache")
-    result = command("lamo.py", *SHORT, "--lm", lm_folder, "--text-block", 32, "--out", folder, XDG_CACHE_HOME=str(cache))
+    result = command(
+        "lamo.py", *SHORT, "--lm", lm_folder, "--text-block", 32, "--out", folder, XDG_CACHE_HOME=str(cache)
+    )
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -511,7 +527,17 @@ def test_same_seed_same_run(tmp_path, lm_folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     results = []
     for i, seed in enumerate((0, 0, 1)):
-        arguments = [*SHORT, "--lm", str(lm_folder), "--text-block", "32", "--seed", str(seed), "--out", str(tmp_path / str(i))]
+        arguments = [
+            *SHORT,
+            "--lm",
+            str(lm_folder),
+            "--text-block",
+            "32",
+            "--seed",
+            str(seed),
+            "--out",
+            str(tmp_path / str(i)),
+        ]
         lamo.run(arguments)
         results.append(json.loads((tmp_path / str(i) / "scores.json").read_text())["targets"])
     assert results[0] == results[1] != results[2]
@@ -523,7 +549,11 @@ REFUSED = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 
 
 def empty_caches(tmp_path):
-    return REFUSED | {"HF_HOME": str(tmp_path / "hf"), "MINARI_DATASETS_PATH": str(tmp_path / "minari"), "XDG_CACHE_HOME": str(tmp_path)}
+    return REFUSED | {
+        "HF_HOME": str(tmp_path / "hf"),
+        "MINARI_DATASETS_PATH": str(tmp_path / "minari"),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
 
 
 def test_defaults_fall_back_loudly(tmp_path):
@@ -572,7 +602,11 @@ def test_silent_hub_is_given_up_in_three_seconds(monkeypatch):
 def test_import_has_no_side_effects(tmp_path):
     code = "from lamo import GPT2, LoRALinear, LaMo, Trajectories, Text"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
@@ -671,21 +705,21 @@ def test_bad_language_models_are_refused(tmp_path):
     with pytest.raises(InputError, match="h.1.mlp.c_fc.weight"):
         GPT2.from_pretrained(tmp_path / "lacking", local_files_only=True)
     tiny_config().save_pretrained(tmp_path / "empty")
-    with pytest.raises(InputError, match="no GPT-2 weights"):
+    with pytest.raises(InputError, match="no GPT-2 for"):
         GPT2.from_pretrained(tmp_path / "empty", local_files_only=True)
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError, match="bert"):
         GPT2.from_pretrained(tmp_path / "bert", local_files_only=True)
     torch.save({"x": torch.zeros(1)}, tmp_path / "empty" / "pytorch_model.bin")  # would have to be unpickled
-    with pytest.raises(InputError, match="no GPT-2 weights"):
+    with pytest.raises(InputError, match="no GPT-2 for"):
         GPT2.from_pretrained(tmp_path / "empty", local_files_only=True)
 
 
 def test_bad_checkpoints_are_refused(tmp_path, trained):
-    with pytest.raises(InputError, match="checkpoint"):
+    with pytest.raises(InputError, match="cannot be read"):
         lamo.load(tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match="checkpoint"):
+    with pytest.raises(InputError, match="cannot be read"):
         lamo.load(tmp_path)
     checkpoint = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
     checkpoint["frozen"] = {name: total + 1 for name, total in checkpoint["frozen"].items()}
