@@ -19,6 +19,7 @@ from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
 VIDEO_FPS = 25
+KITCHEN = {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}  # as in D4RL: a subtask pays once
 
 
 class InputError(ValueError):
@@ -78,10 +79,9 @@ def environment(dataset, env_id=None):
         InputError: it cannot be made, its spaces are no vectors of real numbers, or the dataset's do not fit.
     """
     with explained("cannot make the environment of the dataset; install what it needs, or name one with --env"):
-        if dataset.env_spec and (env_id is None or gym.spec(env_id).id == dataset.env_spec.id):
-            env = dataset.recover_environment(eval_env=True)
-        else:
-            env = gym.make(env_id)
+        own = dataset.env_spec and (env_id is None or env_id.split(":")[-1] == dataset.env_spec.id)
+        kwargs = KITCHEN if "FrankaKitchen" in (dataset.env_spec.id if own else env_id) else {}
+        env = dataset.recover_environment(eval_env=True, **kwargs) if own else gym.make(env_id, **kwargs)
     for kind in ("observation_space", "action_space"):
         recorded, space = observed(getattr(dataset, kind)), observed(getattr(env, kind))
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -93,6 +93,20 @@ def environment(dataset, env_id=None):
             )
     env.close()
     return env.spec, env.action_space
+
+
+def recorded_rewards(dataset, episode):
+    """The rewards (T,) of a recorded episode: as they are, but for Kitchen's, which pay for each subtask in every step.
+
+    There 1 for each subtask in the step that first completes it is what D4RL scores, and what KITCHEN makes the
+    environment pay.
+    """
+    if not dataset.env_spec or dataset.env_spec.kwargs.get("remove_task_when_completed", True):
+        return episode.rewards
+    achieved, desired = (episode.observations[name] for name in ("achieved_goal", "desired_goal"))
+    distances = [np.linalg.norm(achieved[task][1:] - desired[task][1:], axis=-1) for task in desired]
+    completed = np.maximum.accumulate(np.array(distances) < 0.3, axis=1)  # (subtasks, T); gymnasium_robotics' threshold
+    return np.diff(completed.sum(axis=0), prepend=0)
 
 
 def references(dataset, d4rl=None):
@@ -111,7 +125,7 @@ def observed(observation):
 
 
 @torch.no_grad()
-def rollout(policy, spec, targets, episodes, seed, frames=None):
+def rollout(policy, spec, targets, episodes, seed, delayed=False, frames=None):
     """Run every episode of every target in lockstep, one environment each.
 
     Args:
@@ -121,6 +135,7 @@ def rollout(policy, spec, targets, episodes, seed, frames=None):
         spec: Gymnasium's EnvSpec, or the id of an environment.
         targets: returns to ask for.
         episodes: episodes per target; episode i starts from seed + i whatever the target.
+        delayed: rewards are taken to come at the end, so that the return-to-go stays what was asked for.
         frames: a list that receives pictures (H, W, 3) of the first environment, VIDEO_FPS per simulated second.
     Returns:
         returns, lengths: arrays (targets, episodes).
@@ -156,7 +171,8 @@ def rollout(policy, spec, targets, episodes, seed, frames=None):
         if frames is not None and t % every == 0:
             frames.append(envs.render()[0])
         actions[:, t] = torch.as_tensor(action, device=device)
-        returns_to_go[:, t + 1] = returns_to_go[:, t] - torch.as_tensor(reward, dtype=torch.float32, device=device)
+        paid = np.zeros(count) if delayed else reward
+        returns_to_go[:, t + 1] = returns_to_go[:, t] - torch.as_tensor(paid, dtype=torch.float32, device=device)
         returns += reward * running
         lengths += running
         running &= ~(terminated | truncated)
@@ -166,7 +182,7 @@ def rollout(policy, spec, targets, episodes, seed, frames=None):
     return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
 
 
-def evaluate(policy, spec, targets, episodes, seed, reference):
+def evaluate(policy, spec, targets, episodes, seed, reference, delayed=False):
     """Roll out and summarise.
 
     Args:
@@ -177,7 +193,7 @@ def evaluate(policy, spec, targets, episodes, seed, reference):
     """
     was_training = policy.training
     policy.eval()
-    returns, lengths = rollout(policy, spec, targets, episodes, seed)
+    returns, lengths = rollout(policy, spec, targets, episodes, seed, delayed)
     policy.train(was_training)
     low, high = reference
     return {
@@ -207,7 +223,7 @@ def format_scores(scores):
     return "\n".join(lines)
 
 
-def record(policy, spec, target, seed, path):
+def record(policy, spec, target, seed, path, delayed=False):
     """Write a video of one episode, rendered without a screen -> (return, length in steps).
 
     Args:
@@ -219,7 +235,7 @@ def record(policy, spec, target, seed, path):
 
     frames = []
     with explained("cannot render here; install EGL or OSMesa and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"):
-        returns, lengths = rollout(policy, spec, [target], 1, seed, frames)
+        returns, lengths = rollout(policy, spec, [target], 1, seed, delayed, frames)
     with explained(f"cannot write --video {path}; name another file"):
         imageio.mimsave(path, frames, fps=VIDEO_FPS)
     return float(returns[0, 0]), int(lengths[0, 0])
@@ -248,18 +264,12 @@ def run(arguments):
     spec = EnvSpec.from_json(facts["env_spec"])
     if facts["demo"]:
         print("DEMO ASSETS, NOT COMPARABLE TO THE PAPER")
-    scores = evaluate(
-        policy,
-        spec,
-        options.targets or config.targets,
-        options.episodes or config.episodes,
-        options.seed,
-        facts["reference"],
-    )
+    targets, episodes = options.targets or config.targets, options.episodes or config.episodes
+    scores = evaluate(policy, spec, targets, episodes, options.seed, facts["reference"], config.delayed)
     print(f"{format_scores(scores)}\nscores: {facts['reference_source']}")
     if options.video:
         target = float(best_target(scores)[0])
-        total, length = record(policy, spec, target, options.seed, options.video)
+        total, length = record(policy, spec, target, options.seed, options.video, config.delayed)
         print(f"{options.video}: target {target:g}, return {total:.1f}, {length} steps")
 
 

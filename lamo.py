@@ -56,6 +56,7 @@ from eval import (
     format_scores,
     observed,
     pick_device,
+    recorded_rewards,
     references,
 )
 
@@ -76,6 +77,7 @@ class Config:
     data: str | None = option(None, "Minari dataset id, or folder; default: the task's")
     ratio: float = option(1.0, "share of the dataset's trajectories to train on, in (0, 1]", 0, 1)
     context: int | None = option(None, "K, time steps that the policy sees; default: the task's", 1)
+    delayed: bool = option(False, "move each trajectory's reward to its last step (Chen et al. 2021, section 5.3)")
     # the method
     method: str = option("lamo", "preset for the options of this block", choices=("lamo", "dt", "wiki-rl"))
     lm: str = option("gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights")
@@ -144,6 +146,20 @@ class Task:
 
 TASKS = {
     "hopper": Task("Hopper-v5", "mujoco/hopper/medium-v0", (3600, 2600, 2200, 1800), 1000, 20, (-20.272305, 3234.3)),
+    "halfcheetah": Task(
+        "HalfCheetah-v5", "mujoco/halfcheetah/medium-v0", (12000, 8000, 6000, 4500), 1000, 20, (-280.178953, 12135.0)
+    ),
+    "walker2d": Task(
+        "Walker2d-v5", "mujoco/walker2d/medium-v0", (5000, 4000, 3000, 2500), 1000, 20, (1.629008, 4592.3)
+    ),
+    **{
+        f"kitchen-{kind}": Task(
+            "gymnasium_robotics:FrankaKitchen-v1", f"D4RL/kitchen/{kind}-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)
+        )
+        for kind in ("complete", "partial", "mixed")
+    },
+    # The paper's data for it is not on Minari; ours is used whether there is a network or not.
+    "reacher2d": Task("eval:lamo/Reacher2d-v0", f"{DEMO}/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),
 }
 
 # ---------------------------------------------------------------------------- LoRA
@@ -388,7 +404,7 @@ class LaMo(nn.Module):
         self.register_buffer("return_scale", torch.tensor(float(return_scale)))
         self.register_buffer("state_mean", torch.as_tensor(state_mean, dtype=torch.float32))
         self.register_buffer("state_std", torch.as_tensor(state_std, dtype=torch.float32))
-        low, high = torch.as_tensor(action_low), torch.as_tensor(action_high)
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
         self.register_buffer("action_center", (high + low) / 2)
         self.register_buffer("action_radius", (high - low) / 2)
 
@@ -407,10 +423,12 @@ class LaMo(nn.Module):
             (B, K, A) predicted actions, in [-1, 1] where the environment's bounds lie.
         """
         B, K = timesteps.shape
+        states = (states - self.state_mean) / self.state_std
+        states = states.nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)  # an infinite entry says nothing
         tokens = torch.stack(
             [
                 self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale),
-                self.embed_state((states - self.state_mean) / self.state_std),
+                self.embed_state(states),
                 self.embed_action(self.scale_actions(actions)),
             ],
             dim=2,
@@ -431,8 +449,8 @@ class LaMo(nn.Module):
     def action_loss(self, batch):
         """Mean over the real steps of a batch of Trajectories, and over A, of the squared error in actions."""
         predicted = self(batch["returns_to_go"], batch["states"], batch["actions"], batch["timesteps"])
-        error = (predicted - self.scale_actions(batch["actions"])) ** 2
-        return error[batch["mask"]].mean()
+        error = (predicted - self.scale_actions(batch["actions"])).square().mean(dim=-1)  # (B, K)
+        return (error * batch["mask"]).sum() / batch["mask"].sum()
 
     def language_loss(self, tokens):
         """Mean cross-entropy in nats of each next token of text (B, T): LaMo's part 4."""
@@ -458,18 +476,20 @@ class Trajectories:
     """
 
     def __init__(self, observations, actions, rewards, device="cpu"):
-        for name, arrays in (("observation", observations), ("action", actions), ("reward", rewards)):
+        for name, arrays in {"observation": observations, "action": actions, "reward": rewards}.items():
             for i, array in enumerate(arrays):
-                if not np.isfinite(array).all():
+                if np.isnan(array).any():
                     raise InputError(
-                        f"trajectory {i} has an {name} that is not a finite number; remove it from the dataset"
+                        f"trajectory {i} of those kept has an {name} that is no number; remove it from the data"
                     )
         lengths = np.array([len(reward) for reward in rewards])
         self.returns = np.array([reward.sum() for reward in rewards])
         self.longest = int(lengths.max())
-        states = np.concatenate(observations)
-        self.state_mean = states.mean(axis=0, dtype=np.float64).astype(np.float32)
-        self.state_std = states.std(axis=0, dtype=np.float64).astype(np.float32) + 1e-6
+        states = np.concatenate(observations).astype(np.float64)
+        finite = np.ma.masked_invalid(states)  # infinities have no part in the statistics
+        self.state_mean = finite.mean(axis=0).filled(0.0).astype(np.float32)
+        std = finite.std(axis=0).filled(0.0).astype(np.float32)
+        self.state_std = np.where(std > 1e-6, std + 1e-6, 1.0).astype(np.float32)  # 1: a constant stays as it is
         tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
         self.states = tensor(states)
         self.actions = tensor(np.concatenate(actions))
@@ -478,11 +498,13 @@ class Trajectories:
         self.ends = torch.as_tensor(np.repeat(lengths.cumsum(), lengths), device=device)
 
     @classmethod
-    def from_minari(cls, dataset, ratio, seed, device="cpu"):
+    def from_minari(cls, dataset, ratio, seed, delayed=False, device="cpu"):
         """A random share `ratio` of the trajectories of a MinariDataset, drawn without replacement.
 
+        With `delayed`, all of a trajectory's reward comes at its last step: the return-to-go is its return throughout.
+
         Raises:
-            InputError: the share is less than one trajectory, or the spaces are not vectors.
+            InputError: the share is less than one trajectory.
         """
         count = int(ratio * dataset.total_episodes + 1e-9)
         if count < 1:
@@ -493,12 +515,11 @@ class Trajectories:
         kept = np.sort(np.random.default_rng(seed).permutation(dataset.episode_indices)[:count])
         episodes = dataset.iterate_episodes(kept)
         episodes = list(tqdm(episodes, desc="reading trajectories", total=count, leave=False, disable=None))
-        return cls(
-            [observed(episode.observations)[:-1] for episode in episodes],  # the last has no action
-            [episode.actions for episode in episodes],
-            [episode.rewards.astype(np.float64) for episode in episodes],
-            device,
-        )
+        rewards = [recorded_rewards(dataset, episode).astype(np.float64) for episode in episodes]
+        if delayed:
+            rewards = [np.append(np.zeros(len(reward) - 1), reward.sum()) for reward in rewards]
+        states = [observed(episode.observations)[:-1] for episode in episodes]  # after the last no action was taken
+        return cls(states, [episode.actions for episode in episodes], rewards, device)
 
     def batch(self, size, context):
         """Random windows: a start uniform over all steps, then up to `context` steps of its trajectory.
@@ -778,8 +799,8 @@ def in_hub_cache(filename, **repository):
 
 
 def minari_folder(name):
-    """Where Minari keeps a dataset on this machine."""
-    return minari.storage.get_dataset_path(name) / "data"
+    """Where Minari keeps a dataset on this machine; Minari's own function would make the folder."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name / "data"
 
 
 def configure(arguments):
@@ -945,13 +966,14 @@ def run(arguments):
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out} is there already; choose another folder, nothing is overwritten")
     device = pick_device(config.device)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(config.seed)
 
     dataset = load_dataset(config.data)
     task = TASKS.get(config.env)
     spec, action_space = environment(dataset, task.env_id if task else None)
-    trajectories = Trajectories.from_minari(dataset, config.ratio, config.seed, device)
+    trajectories = Trajectories.from_minari(dataset, config.ratio, config.seed, config.delayed, device)
     returns, best = trajectories.returns, float(trajectories.returns.max())
     config = replace(config, targets=config.targets or (best, best / 2))
     return_scale = task.return_scale if task else 10.0 ** round(math.log10(max(abs(returns).max(), 1e-3)))
@@ -995,7 +1017,9 @@ def run(arguments):
         log({"step": step} | losses)
         if due:
             save(model, config, facts, out / "checkpoint.pt")
-            scores.update(evaluate(model, spec, config.targets, config.episodes, config.seed, (low, high)))
+            scores.update(
+                evaluate(model, spec, config.targets, config.episodes, config.seed, (low, high), config.delayed)
+            )
             log({"step": step, "evaluation": scores})
             tqdm.write(f"\nstep {step}\n{format_scores(scores)}")
 

@@ -27,6 +27,7 @@ from eval import InputError
 from lamo import GPT2, LaMo, LoRALinear, Text, Trajectories
 
 HERE = Path(__file__).resolve().parent
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, on what our datasets leave unsaid
 HOPPER = HERE / "demo" / "lamo" / "hopper" / "demo-v0"
 WORDS = "the policy takes an action and the environment gives a reward ; the state of the leg is a vector . "
 
@@ -314,6 +315,34 @@ def test_minari_share_is_seeded_and_whole():
     assert torch.equal(every.states[0], torch.from_numpy(dataset[0].observations[0]))
 
 
+def test_delayed_reward_comes_at_the_end():
+    dataset = minari.MinariDataset(HOPPER / "data")
+    plain, delayed = (Trajectories.from_minari(dataset, 0.05, 0, delayed) for delayed in (False, True))
+    np.testing.assert_allclose(plain.returns, delayed.returns)
+    assert torch.equal(plain.states, delayed.states)
+    starts = [0, *torch.unique(delayed.ends).tolist()]
+    for begin, end, total in zip(starts, starts[1:], plain.returns):
+        np.testing.assert_allclose(delayed.returns_to_go[begin:end], total, rtol=1e-5)
+
+
+def test_infinite_and_constant_dimensions_give_finite_actions():
+    observations, actions, rewards = some_trajectories()
+    for part in observations:
+        part[:, 0], part[:, 1] = np.inf, 1e6
+    observations[2][3, 2] = -np.inf
+    observations[0] = observations[0].astype(np.float32)
+    trajectories = Trajectories(observations, actions, rewards)
+    assert np.isfinite(trajectories.state_mean).all() and (trajectories.state_std > 0).all()
+    model = tiny_lamo()
+    model.state_mean, model.state_std = torch.tensor(trajectories.state_mean), torch.tensor(trajectories.state_std)
+    loss = model.action_loss(trajectories.batch(64, 5))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    inputs = history(model)
+    inputs[1][0, 2, 1] = math.nan
+    assert model(*inputs)[0, 2].isnan().all()  # but what is no number is not hidden
+
+
 def test_text_is_cropped_held_out_and_cached(tmp_path, monkeypatch, lm_folder):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "words.txt").write_text((WORDS + "\n") * 200)
@@ -406,6 +435,21 @@ def test_vectorised_rollout_equals_one_environment_at_a_time():
                     break
             assert lengths[i, episode] == t + 1
             assert returns[i, episode] == pytest.approx(total, rel=1e-4)
+
+
+def test_delayed_rollout_keeps_asking_for_the_target():
+    asked = []
+
+    class Recorder(Script):
+        def act(self, returns_to_go, *history):
+            asked.append(returns_to_go.clone())
+            return super().act(returns_to_go, *history)
+
+    evaluation.rollout(Recorder(), "Hopper-v5", (300.0, 50.0), 1, 0, delayed=True)
+    assert all((window[0] == 300).all() for window in asked) and len(asked) > 5
+    asked.clear()
+    evaluation.rollout(Recorder(), "Hopper-v5", (300.0, 50.0), 1, 0)
+    assert asked[3][0, 0] == 300 and (asked[3][0].diff() < 0).all()
 
 
 def test_evaluation_scores():
@@ -543,6 +587,201 @@ def test_same_seed_same_run(tmp_path, lm_folder, monkeypatch):
     assert results[0] == results[1] != results[2]
 
 
+# ---------------------------------------------------------------------------- other tasks
+
+
+def save_dataset(name, env, episodes, **spaces):
+    """Write (observations, actions, rewards) as a Minari dataset; people's demonstrations end in truncation."""
+    buffers = [
+        EpisodeBuffer(
+            observations=observations, actions=np.array(actions), rewards=np.array(rewards),
+            terminations=np.zeros(len(rewards), bool), truncations=np.arange(len(rewards)) == len(rewards) - 1,
+        )
+        for observations, actions, rewards in episodes
+    ]  # fmt: skip
+    minari.create_dataset_from_buffers(
+        name, buffers, env=env, algorithm_name="test", author="test", author_email="test", code_permalink="test",
+        description="test", **spaces,
+    )  # fmt: skip
+
+
+def stack(observations):
+    """Observations, dicts or arrays, -> the same with time as first axis."""
+    if isinstance(observations[0], dict):
+        return {key: stack([observation[key] for observation in observations]) for key in observations[0]}
+    return np.array(observations)
+
+
+@pytest.fixture(scope="session")
+def kitchen(tmp_path_factory):
+    """A dataset with the spec and the spaces of D4RL/kitchen/complete-v2, recorded in the real environment.
+
+    Nobody demonstrates here: the objects are put where they belong, some of them away again.
+    """
+    root = tmp_path_factory.mktemp("minari")
+    goals = ["microwave", "kettle", "light switch", "slide cabinet"]
+    published = {"remove_task_when_completed": False, "terminate_on_tasks_completed": False}
+
+    def play(env, length):
+        rng = np.random.default_rng(length)
+        observations, actions, rewards = [env.reset(seed=length)[0]], [], []
+        robot = env.unwrapped.robot_env
+        for t in range(length):
+            if t in (3, 6, 9):
+                qpos, qvel = robot.data.qpos.copy(), robot.data.qvel.copy()
+                qpos[22] = -0.75 if t != 6 else 0.0  # microwave open, closed, open
+                qpos[19] = 0.37 if t >= 6 else 0.0  # slide cabinet
+                robot.set_state(qpos, qvel)
+            actions.append(rng.uniform(-0.2, 0.2, 9))
+            observation, reward, *_ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        return stack(observations), actions, rewards
+
+    lengths = (15, 22, 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        env = gym.make(
+            "gymnasium_robotics:FrankaKitchen-v1", tasks_to_complete=goals, max_episode_steps=280, **published
+        )
+        save_dataset("D4RL/kitchen/complete-v2", env, [play(env, length) for length in lengths])
+        scored = gym.make("gymnasium_robotics:FrankaKitchen-v1", tasks_to_complete=goals)
+        expected = [play(scored, length)[2] for length in lengths]
+    return root, expected
+
+
+def test_kitchen_pays_once_for_each_subtask(kitchen):
+    root, expected = kitchen
+    dataset = minari.MinariDataset(root / "D4RL" / "kitchen" / "complete-v2" / "data")
+    for episode, rewards in zip(dataset, expected):
+        assert episode.rewards.sum() > 4  # as published: pays in every step
+        assert evaluation.recorded_rewards(dataset, episode).tolist() == rewards
+    assert sum(map(sum, expected)) == 6
+
+
+def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
+    root, _ = kitchen
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = root / "D4RL" / "kitchen" / "complete-v2"
+    arguments = [
+        "--env",
+        "kitchen-complete",
+        "--data",
+        str(folder),
+        "--lm",
+        str(lm_folder),
+        "--offline",
+        "--steps",
+        "2",
+    ]
+    lamo.run([*arguments, "--text-block", "32", "--targets", "4", "--episodes", "1", "--out", str(tmp_path / "run")])
+    policy, config, facts = lamo.load(tmp_path / "run")
+    spec = evaluation.EnvSpec.from_json(facts["env_spec"])
+    assert len(policy.state_mean) == 59 and policy.max_timesteps == spec.max_episode_steps == 280
+    assert spec.kwargs["tasks_to_complete"] == ["microwave", "kettle", "light switch", "slide cabinet"]
+    assert spec.kwargs["remove_task_when_completed"] is True and facts["reference"] == [0, 4]
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["best"]["score"] == 25 * scores["best"]["return_mean"]
+
+
+@pytest.mark.parametrize(
+    "env_id, action_range, kwargs",
+    [
+        ("Pusher-v5", 2.0, {}),
+        ("InvertedPendulum-v5", 3.0, {}),
+        ("eval:lamo/Reacher2d-v0", 1.0, {"reacher2d": True}),
+    ],
+)
+def test_any_dataset_brings_its_environment(env_id, action_range, kwargs, tmp_path, lm_folder, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    env, episodes = gym.make(env_id), []
+    for seed in range(4):
+        env.action_space.seed(seed)
+        observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
+        for _ in range(3 + seed):
+            actions.append(env.action_space.sample())
+            observation, reward, *_ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        episodes.append((np.array(observations), actions, rewards))
+    save_dataset("test/any-v0", env, episodes)
+    out = tmp_path / "run"
+    arguments = [
+        "--data",
+        str(tmp_path / "minari" / "test" / "any-v0"),
+        "--lm",
+        str(lm_folder),
+        "--offline",
+        "--steps",
+        "2",
+    ]
+    lamo.run([*arguments, "--ratio", "0.5", "--text-block", "32", "--episodes", "1", "--delayed", "--out", str(out)])
+    policy, config, facts = lamo.load(out)
+    assert policy.action_radius.tolist() == [action_range] * len(policy.action_radius)
+    dataset = minari.MinariDataset(tmp_path / "minari" / "test" / "any-v0" / "data")
+    best = Trajectories.from_minari(dataset, 0.5, 0).returns.max()
+    assert config.targets == pytest.approx((best, best / 2)) and config.context == 20
+    assert "plain return" in facts["reference_source"]
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["best"]["score"] == pytest.approx(scores["best"]["return_mean"])
+    one = Trajectories.from_minari(dataset, 0.25, 0)
+    assert len(one.returns) == 1
+
+
+def test_tasks_are_the_papers():
+    assert list(lamo.TASKS) == [
+        "hopper", "halfcheetah", "walker2d", "kitchen-complete", "kitchen-partial", "kitchen-mixed", "reacher2d",
+    ]  # fmt: skip
+    for name, task in lamo.TASKS.items():
+        env = gym.make(task.env_id)
+        assert env.spec.max_episode_steps == {"reacher2d": 100}.get(name, 280 if "kitchen" in name else 1000)
+        assert 1 <= max(task.targets) / task.return_scale <= 12
+
+
+@pytest.mark.parametrize("name", ["hopper", "halfcheetah", "walker2d", "reacher2d"])
+def test_demo_datasets_are_whole(name):
+    folder = HERE / "demo" / "lamo" / name / "demo-v0"
+    dataset = minari.MinariDataset(folder / "data")
+    assert dataset.id == f"lamo/{name}/demo-v0" and dataset.observation_space.dtype == np.float32
+    returns = np.array([episode.rewards.sum() for episode in dataset])
+    steps = {"hopper": 100_000, "halfcheetah": 50_000, "walker2d": 50_000, "reacher2d": 10_000}[name]
+    mean, best = {"hopper": (1000, 3000), "halfcheetah": (2000, 4000), "walker2d": (1000, 2500), "reacher2d": (20, 80)}[
+        name
+    ]
+    assert steps <= dataset.total_steps < steps + 1000 and returns.mean() > mean and returns.max() > best
+    assert name != "hopper" or returns.mean() < 1800
+    assert returns.std() > 0.2 * returns.mean()
+    metadata = dataset.storage.metadata
+    assert metadata["ref_min_score"] < returns.mean() < metadata["ref_max_score"]
+    env, episode = dataset.recover_environment(), dataset[0]
+    env.reset(seed=0)
+    scale = np.abs(episode.observations).max()
+    state = env.unwrapped.data  # the first transition, simulated again, is the one on file
+    if name in ("hopper", "halfcheetah", "walker2d"):
+        half = len(state.qpos) - 1
+        qpos, qvel = np.append(0.0, episode.observations[0, :half]), episode.observations[0, half:]
+        env.unwrapped.set_state(qpos, qvel)
+        observation, reward, *_ = env.step(episode.actions[0])
+        np.testing.assert_allclose(observation, episode.observations[1], atol=1e-3 * scale)
+        assert reward == pytest.approx(episode.rewards[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("name, steps", [("hopper", 300), ("reacher2d", 300)])
+def test_demo_data_can_be_made_anew(name, steps, tmp_path):
+    result = command("demo/make.py", "--only", name, "--steps", steps, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = command("lamo.py", "--env", name, "--data", tmp_path / "lamo" / name / "demo-v0", *SHORT[3:], "--offline",
+                     "--method", "dt", "--out", tmp_path / "run")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    listed = subprocess.run(
+        ["minari", "show", f"lamo/{name}/demo-v0"], capture_output=True, text=True,
+        env=os.environ | {"MINARI_DATASETS_PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert "demo" in listed.stdout
+
+
 # ---------------------------------------------------------------------------- with and without the network
 
 REFUSED = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
@@ -615,27 +854,20 @@ def test_import_has_no_side_effects(tmp_path):
 # ---------------------------------------------------------------------------- bad input
 
 
-def write_dataset(monkeypatch, root, name="test/bad-v0", action_space=None, nan=False, S=11):
+def write_dataset(monkeypatch, root, action_space=None, nan=False, S=11):
+    """A dataset that is wrong in the way asked for."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
     rng = np.random.default_rng(0)
-    buffers = []
+    episodes = []
     for _ in range(3):
         observations = rng.normal(size=(6, S)).astype(np.float32)
         if nan:
             observations[2, 1] = np.nan
         actions = rng.integers(2, size=5) if action_space else rng.uniform(-1, 1, (5, 3)).astype(np.float32)
-        buffers.append(
-            EpisodeBuffer(
-                observations=observations, actions=actions, rewards=np.ones(5), terminations=np.zeros(5, bool),
-                truncations=np.arange(5) == 4,
-            )
-        )  # fmt: skip
-    minari.create_dataset_from_buffers(
-        name, buffers, env="CartPole-v1" if action_space else "Hopper-v5", action_space=action_space,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, (S,), np.float32), algorithm_name="test", author="test",
-        author_email="test", code_permalink="test", description="test", eval_env=None,
-    )  # fmt: skip
-    return root / name
+        episodes.append((observations, actions, np.ones(5)))
+    spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (S,), np.float32), "action_space": action_space}
+    save_dataset("test/bad-v0", "CartPole-v1" if action_space else "Hopper-v5", episodes, **spaces)
+    return root / "test" / "bad-v0"
 
 
 @pytest.mark.parametrize(
@@ -755,7 +987,7 @@ def test_full_disk_loses_nothing(tmp_path):
 def test_cuda_agrees_with_cpu(trained):
     on_cpu, _, _ = lamo.load(trained[0], "cpu")
     on_cuda, _, _ = lamo.load(trained[0], "cuda")
-    trajectories = Trajectories.from_minari(minari.MinariDataset(HOPPER / "data"), 0.05, 0, "cuda")
+    trajectories = Trajectories.from_minari(minari.MinariDataset(HOPPER / "data"), 0.05, 0, device="cuda")
     batch = trajectories.batch(8, 20)
     inputs = [batch[name] for name in ("returns_to_go", "states", "actions", "timesteps")]
     torch.testing.assert_close(on_cuda.act(*inputs).cpu(), on_cpu.act(*(x.cpu() for x in inputs)), atol=1e-2, rtol=0)
