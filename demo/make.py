@@ -43,13 +43,14 @@ class Task:
         float, float
     ]  # returns that score 0 and 100: D4RL's (Fu et al. 2020); reacher2d: none and all steps
     ppo_steps: int = 0  # environment steps that PPO may use; 0: the scripted controller
+    noise: float = 1.0  # exploration noise of an episode, at most, in units of PPO's
     weakest: float = 0.1  # weakest snapshot that collects, as a share of the best one's return
 
 
 TASKS = {
     "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000, weakest=0.05),
-    "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000),
-    "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000),
+    "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000, noise=1.5),
+    "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000, noise=1.5),
     "reacher2d": Task("eval:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
 }
 
@@ -109,6 +110,7 @@ def train_ppo(name, task, steps, build, seed):
     Progress is written to `build` with every snapshot; a later call goes on from it.
     """
     path = build / f"{name}-ppo-{steps}-{seed}.pt"
+    torch.set_num_threads(1)  # the networks are too small for more
     torch.manual_seed(seed)
     envs = gym.make_vec(
         task.env_id, ENVS, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -195,15 +197,15 @@ def train_ppo(name, task, steps, build, seed):
 
 
 class Snapshot:
-    """A snapshot of PPO with a share of its exploration noise, drawn anew for each episode, up to one and a half times."""
+    """A snapshot of PPO with a share of its exploration noise, drawn anew for each episode from [0, most]."""
 
-    def __init__(self, state_dict, rng):
+    def __init__(self, state_dict, most, rng):
         action_size, state_size = len(state_dict["log_std"]), len(state_dict["normalise.mean"])
-        self.policy, self.rng = Policy(state_size, action_size), rng
+        self.policy, self.most, self.rng = Policy(state_size, action_size), most, rng
         self.policy.load_state_dict(state_dict)
 
     def reset(self):
-        self.noise = self.rng.uniform(0, 1)
+        self.noise = self.rng.uniform(0, self.most)
 
     @torch.no_grad()
     def act(self, observation):
@@ -279,7 +281,7 @@ def make_dataset(name, folder, build, steps, seed):
         snapshots = train_ppo(name, task, ppo_steps, build, seed)
         best = max(snapshot["return"] for snapshot in snapshots)
         able = [snapshot for snapshot in snapshots if snapshot["return"] >= task.weakest * best]
-        policies = [Snapshot(snapshot["policy"], rng) for snapshot in able]
+        policies = [Snapshot(snapshot["policy"], task.noise, rng) for snapshot in able]
         algorithm = f"PPO, {len(policies)} snapshots of one training of {ppo_steps} steps"
     else:
         policies, algorithm = [Reacher(rng)], "Jacobian-transpose control of varying strength"
@@ -334,7 +336,10 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
 
 # -------------------------------------------------------------------------------- language model
 
-GPT2_TINY = dict(vocab_size=4096, n_positions=256, n_embd=128, n_layer=3, n_head=4, dropout=0.0)
+GPT2_TINY = {
+    "vocab_size": 4096, "n_positions": 256, "n_embd": 128, "n_layer": 3, "n_head": 4,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+}  # fmt: skip
 LM_STEPS, LM_BATCH, LM_LR, LM_WARMUP, LM_EVERY = 6000, 16, 2e-3, 200, 100
 
 
@@ -389,10 +394,7 @@ def make_corpus(build):
         tokenizer = GPT2TokenizerFast.from_pretrained(folder)
         ids = tokenizer(texts, verbose=False)["input_ids"]
         end = [tokenizer.eos_token_id]
-        for name, part in (
-            ("train", [i for k, i in enumerate(ids) if k % 50]),
-            ("held_out", ids[::50]),
-        ):
+        for name, part in {"train": [i for k, i in enumerate(ids) if k % 50], "held_out": ids[::50]}.items():
             np.save(folder / f"{name}.npy", np.concatenate([np.array(i + end, np.uint16) for i in part]))
     tokenizer = GPT2TokenizerFast.from_pretrained(folder, model_max_length=GPT2_TINY["n_positions"])
     return tokenizer, np.load(folder / "train.npy"), np.load(folder / "held_out.npy")
@@ -400,17 +402,11 @@ def make_corpus(build):
 
 def make_gpt2_tiny(target, build, steps, seed):
     """Pre-train a small GPT-2 with transformers and save it as an ordinary Hugging Face folder."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer, train, held_out = make_corpus(build)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dropout = GPT2_TINY["dropout"]
-    config = GPT2Config(
-        **{key: value for key, value in GPT2_TINY.items() if key != "dropout"},
-        embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    config = GPT2Config(**GPT2_TINY, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
     block = config.n_positions
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(config).to(device)
@@ -467,20 +463,41 @@ def make_gpt2_tiny(target, build, steps, seed):
     torch.manual_seed(seed)
     prompt = tokenizer("The function returns", return_tensors="pt").input_ids.to(device)
     sample = tokenizer.decode(model.generate(prompt, max_new_tokens=80, do_sample=True, top_k=40, temperature=0.8)[0])
-    return {
-        "command": "python demo/make.py --only gpt2-tiny", "seed": seed, "steps": steps, "seconds": round(seconds),
-        "machine": machine(), "train_tokens": len(train), "held_out_tokens": len(held_out),
-        "unigram_nats": round(float(unigram), 3), "held_out_nats": round(held_out_loss(blocks[: len(blocks) // 16 * 16]), 3), "sample": sample,
-    }  # fmt: skip
+    print(
+        f"gpt2-tiny: {steps} steps, {seconds:.0f} s on {machine()}; held out {held_out_loss(blocks):.3f} nats per token, "
+        f"unigram {unigram:.3f}\n{sample}"
+    )
 
 
 def machine():
     """What this runs on, in words."""
-    import torch
-
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+# -------------------------------------------------------------------------------- picture
+
+
+def draw_returns(folder):
+    """Histograms of the datasets' returns -> returns.png. Needs matplotlib."""
+    import matplotlib
+    import minari
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(10, 2.4), layout="constrained")
+    for name, ax in zip(TASKS, axes):
+        dataset = minari.MinariDataset(folder / "lamo" / name / "demo-v0" / "data")
+        returns = np.array([episode.rewards.sum() for episode in dataset])
+        ax.hist(returns, bins=25, color="#4063d8")
+        ax.axvline(returns.mean(), color="k", linewidth=0.8, linestyle="--")
+        ax.set_title(f"{name}\n{len(returns)} episodes, mean {returns.mean():.0f}", fontsize=9)
+        ax.set_xlabel("return", fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("episodes", fontsize=8)
+    figure.savefig(folder / "returns.png", dpi=120)
 
 
 # -------------------------------------------------------------------------------- main
@@ -488,7 +505,7 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=[*TASKS, "gpt2-tiny"], help="make this one")
+    parser.add_argument("--only", choices=[*TASKS, "gpt2-tiny", "picture"], help="make this one")
     parser.add_argument(
         "--steps", type=int, help="environment steps of a dataset; training steps of the language model"
     )
@@ -497,8 +514,10 @@ def main():
     options = parser.parse_args()
     build = options.out / "build"
     build.mkdir(parents=True, exist_ok=True)
-    for name in [options.only] if options.only else [*TASKS, "gpt2-tiny"]:
-        if name == "gpt2-tiny":
+    for name in [options.only] if options.only else [*TASKS, "gpt2-tiny", "picture"]:
+        if name == "picture":
+            draw_returns(options.out)
+        elif name == "gpt2-tiny":
             make_gpt2_tiny(options.out / name, build, options.steps or LM_STEPS, options.seed)
         else:
             make_dataset(name, options.out, build, options.steps, options.seed)
