@@ -86,6 +86,8 @@ def environment(dataset, env_id=None):
         recorded, space = observed(getattr(dataset, kind)), observed(getattr(env, kind))
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{env.spec.id} has the {kind} {space}; LaMo needs flat vectors of real numbers (Box)")
+        if kind == "action_space" and not np.isfinite([space.low, space.high]).all():
+            raise InputError(f"{env.spec.id} has actions without bounds; wrap it in gymnasium.wrappers.RescaleAction")
         if recorded.shape != space.shape:
             raise InputError(
                 f"the dataset {dataset.id} has an {kind} of shape {recorded.shape}, {env.spec.id} one of {space.shape}; "
@@ -121,7 +123,13 @@ def references(dataset, d4rl=None):
 
 def observed(observation):
     """What the policy sees of an observation, or of its space: the `observation` entry of a dict, or all of it."""
-    return observation["observation"] if isinstance(observation, (dict, gym.spaces.Dict)) else observation
+    if not isinstance(observation, (dict, gym.spaces.Dict)):
+        return observation
+    if "observation" not in observation.keys():
+        raise InputError(
+            f"the observations are {', '.join(observation.keys())}; LaMo reads a vector or the entry `observation`"
+        )
+    return observation["observation"]
 
 
 @torch.no_grad()

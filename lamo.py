@@ -134,10 +134,10 @@ DEMO_SETTINGS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the paper."""
+    """A task of the paper (its appendix; the authors' code)."""
 
     env_id: str  # Gymnasium's
-    data: str  # Minari's dataset id
+    data: str  # Minari dataset id, or folder
     targets: tuple[float, ...]  # returns to ask for in evaluation
     return_scale: float  # divides returns
     context: int  # K
@@ -146,27 +146,20 @@ class Task:
 
 TASKS = {
     "hopper": Task("Hopper-v5", "mujoco/hopper/medium-v0", (3600, 2600, 2200, 1800), 1000, 20, (-20.272305, 3234.3)),
-    "halfcheetah": Task(
-        "HalfCheetah-v5", "mujoco/halfcheetah/medium-v0", (12000, 8000, 6000, 4500), 1000, 20, (-280.178953, 12135.0)
-    ),
-    "walker2d": Task(
-        "Walker2d-v5", "mujoco/walker2d/medium-v0", (5000, 4000, 3000, 2500), 1000, 20, (1.629008, 4592.3)
-    ),
-    **{
-        f"kitchen-{kind}": Task(
-            "gymnasium_robotics:FrankaKitchen-v1", f"D4RL/kitchen/{kind}-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)
-        )
-        for kind in ("complete", "partial", "mixed")
-    },
+    "halfcheetah": Task("HalfCheetah-v5", "mujoco/halfcheetah/medium-v0", (12000, 8000, 6000, 4500), 1000, 20, (-280.178953, 12135.0)),
+    "walker2d": Task("Walker2d-v5", "mujoco/walker2d/medium-v0", (5000, 4000, 3000, 2500), 1000, 20, (1.629008, 4592.3)),
+    "kitchen-complete": Task("gymnasium_robotics:FrankaKitchen-v1", "D4RL/kitchen/complete-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
+    "kitchen-partial": Task("gymnasium_robotics:FrankaKitchen-v1", "D4RL/kitchen/partial-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
+    "kitchen-mixed": Task("gymnasium_robotics:FrankaKitchen-v1", "D4RL/kitchen/mixed-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
     # The paper's data for it is not on Minari; ours is used whether there is a network or not.
     "reacher2d": Task("eval:lamo/Reacher2d-v0", f"{DEMO}/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),
-}
+}  # fmt: skip
 
-# ---------------------------------------------------------------------------- LoRA
+# ---------------------------------------------------------------------------- LoRA: part 2
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + (alpha / r) B A dropout(x), with W frozen (Hu et al. 2021, equation 3).
+    """y = W x + b + (alpha / r) B A dropout(x), with W frozen: LaMo's part 2 (Hu et al. 2021, equation 3).
 
     A fused projection such as GPT-2's [q; k; v] gets a rank-r pair of its own for each part. B starts
     at zero, so that the layer starts as the linear layer it was made from.
@@ -205,7 +198,7 @@ class LoRALinear(nn.Module):
         return linear
 
 
-# ---------------------------------------------------------------------------- GPT-2
+# ---------------------------------------------------------------------------- GPT-2: part 1
 
 
 class Attention(nn.Module):
@@ -350,7 +343,7 @@ class GPT2(nn.Module):
                 block.attn.c_attn = block.attn.c_attn.merge()
 
 
-# ---------------------------------------------------------------------------- LaMo
+# ---------------------------------------------------------------------------- LaMo: parts 3 and 4
 
 
 class Embedder(nn.Module):

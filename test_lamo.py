@@ -384,6 +384,38 @@ def test_learning_rate_warms_up_then_stays_or_falls():
     assert lamo.learning_rate(109, cosine) < 1e-3
 
 
+def test_training_follows_the_formula():
+    config = replace(
+        lamo.Config(), steps=3, warmup=2, lr=1e-2, batch=4, context=5, lang_coef=0.5, grad_clip=0.1, eval_every=2
+    )  # fmt: skip
+    tokens = np.random.default_rng(0).integers(300, size=200).astype(np.uint16)
+    trajectories = Trajectories(*some_trajectories())
+    ours, expected = tiny_lamo(), tiny_lamo()
+    calls = []
+    torch.manual_seed(5)
+    lamo.train(
+        ours, trajectories, Text(tokens, tokens, 16), config, torch.device("cpu"), lambda *call: calls.append(call)
+    )
+    torch.manual_seed(5)
+    text = Text(tokens, tokens, 16)
+    trains = [parameter for parameter in expected.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trains, lr=1e-2, weight_decay=1e-5, eps=1e-6)
+    losses = []
+    for lr in (0.5e-2, 1e-2, 1e-2):
+        optimizer.param_groups[0]["lr"] = lr
+        action, language = expected.action_loss(trajectories.batch(4, 5)), expected.language_loss(text.batch(2))
+        optimizer.zero_grad()
+        (action + 0.5 * language).backward()
+        torch.nn.utils.clip_grad_norm_(trains, 0.1)
+        optimizer.step()
+        losses.append((action.item(), language.item()))
+    for (name, mine), theirs in zip(ours.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(mine, theirs, msg=name)
+    assert [(step, due) for step, _, due in calls] == [(2, True), (3, True)]
+    assert calls[0][1]["action_loss"] == pytest.approx((losses[0][0] + losses[1][0]) / 2, rel=1e-5)
+    assert calls[1][1]["language_loss"] == pytest.approx(losses[2][1], rel=1e-5)
+
+
 # ---------------------------------------------------------------------------- evaluation
 
 
