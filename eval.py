@@ -194,7 +194,7 @@ def evaluate(policy, spec, targets, episodes, seed, reference, delayed=False):
     """Roll out and summarise.
 
     Args:
-        reference: (low, high) returns that score 0 and 100 (D4RL, Fu et al. 2020, section 4.2).
+        reference: (low, high) returns that score 0 and 100 (D4RL, Fu et al. 2020).
     Returns:
         {"3600": {"return_mean", "return_std", "score", "length_mean"}, ...} by target; std is over
         episodes (population), lengths are in steps.

@@ -26,11 +26,13 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
 import typing
 import urllib.request
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -77,7 +79,7 @@ class Config:
     data: str | None = option(None, "Minari dataset id, or folder; default: the task's")
     ratio: float = option(1.0, "share of the dataset's trajectories to train on, in (0, 1]", 0, 1)
     context: int | None = option(None, "K, time steps that the policy sees; default: the task's", 1)
-    delayed: bool = option(False, "move each trajectory's reward to its last step (Chen et al. 2021, section 5.3)")
+    delayed: bool = option(False, "move each trajectory's reward to its last step (Chen et al. 2021)")
     # the method
     method: str = option("lamo", "preset for the options of this block", choices=("lamo", "dt", "wiki-rl"))
     lm: str = option("gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights")
@@ -347,7 +349,7 @@ class GPT2(nn.Module):
 
 
 class Embedder(nn.Module):
-    """h = W1 x, e = h + W2 gelu(h): LaMo's part 3 (paper, section 4.2). (..., size) -> (..., D)"""
+    """h = W1 x, e = h + W2 gelu(h): LaMo's part 3 (paper, section 4). (..., size) -> (..., D)"""
 
     def __init__(self, size, width):
         super().__init__()
@@ -363,7 +365,7 @@ class LaMo(nn.Module):
     """A policy conditioned on the return to go, on a GPT-2 trunk.
 
     A window of K steps becomes 3 K tokens R_0, s_0, a_0, R_1, ...; the output at s_t predicts a_t
-    (Chen et al. 2021; paper, section 3). The timestep embedding tells the time, so GPT-2's position
+    (Decision Transformer, Chen et al. 2021). The timestep embedding tells the time, so GPT-2's position
     embedding is left to text.
 
     Args:
@@ -661,7 +663,7 @@ def learning_rate(step, config):
 
 
 def train(model, trajectories, text, config, device, after):
-    """Minimise L = action loss + lang_coef * language loss (paper, equation 4).
+    """Minimise L = action loss + lang_coef * language loss (paper, section 4).
 
     Args:
         text: a Text, or None where lang_coef is 0.
@@ -673,29 +675,30 @@ def train(model, trajectories, text, config, device, after):
         trainable, lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=device.type == "cuda"
     )
     model.train()
-    sums, count = torch.zeros(2, device=device), 0  # on the device, so that no step waits for it
+    sums, count = defaultdict(float), 0  # sums stay on the device, so that no step waits for them
     progress = tqdm(range(1, config.steps + 1), desc="training", unit="step", mininterval=1)
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, config)
-        loss = action_loss = model.action_loss(trajectories.batch(config.batch, config.context))
-        language_loss = torch.zeros((), device=device)
+        losses = {"action_loss": model.action_loss(trajectories.batch(config.batch, config.context))}
+        loss = losses["action_loss"]
         if config.lang_coef > 0:
-            language_loss = model.language_loss(text.batch(config.text_batch).to(device))
-            loss = action_loss + config.lang_coef * language_loss
+            losses["language_loss"] = model.language_loss(text.batch(config.text_batch).to(device))
+            loss = loss + config.lang_coef * losses["language_loss"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, config.grad_clip)
         optimizer.step()
 
-        sums += torch.stack([action_loss.detach(), language_loss.detach()])
         count += 1
+        for name, value in losses.items():
+            sums[name] += value.detach()
         due = step % config.eval_every == 0 or step == config.steps
         if step % LOG_EVERY == 0 or due:
-            losses = dict(zip(("action_loss", "language_loss"), (sums / count).tolist()))
-            progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
-            after(step, losses, due)
-            sums.zero_()
+            means = {name: (total / count).item() for name, total in sums.items()}
+            progress.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
+            after(step, means, due)
+            sums.clear()
             count = 0
 
 
@@ -954,7 +957,8 @@ def run(arguments):
     """
     start = time.time()
     config, notice = configure(arguments)
-    print(notice or "", flush=True)
+    if notice:
+        print(notice, flush=True)
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out} is there already; choose another folder, nothing is overwritten")
@@ -981,16 +985,17 @@ def run(arguments):
         trajectories.state_mean, trajectories.state_std,
     ).to(device)  # fmt: skip
 
+    lm, data = (name.replace(f"{DEMO.parent}/", "") for name in (config.lm, config.data))  # short names of the demo's
     facts = {
-        "dataset": config.data, "kept": f"{len(returns)} of {dataset.total_episodes} trajectories, "
+        "kept": f"{len(returns)} of {dataset.total_episodes} trajectories, "
         f"{len(trajectories.states)} steps, returns {returns.min():.1f} to {best:.1f}, mean {returns.mean():.1f}",
         "env_spec": spec.to_json(), "return_scale": return_scale, "reference": [low, high],
         "reference_source": reference_source, "demo": notice is not None, "notice": notice,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }  # fmt: skip
-    print(f"data    {config.data}: {facts['kept']}")
-    print(f"model   {config.method} on {config.lm}: {facts['trainable']:,} of {facts['parameters']:,} parameters train")
+    print(f"data    {data}: {facts['kept']}")
+    print(f"model   {config.method} on {lm}: {facts['trainable']:,} of {facts['parameters']:,} parameters train")
     if text:
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, {len(text.held_out):,} held out")
     print(f"run     {config.steps:,} steps on {device}, into {out}", flush=True)
@@ -998,6 +1003,10 @@ def run(arguments):
         warn_if_slow(model, trajectories, config)
     with explained(f"cannot make the folder {out}; choose another one with --out"):
         out.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(out).free < 10 * facts["trainable"]:  # 4 bytes each, once more while it is replaced
+            raise InputError(
+                f"the disk of {out} is too full for a checkpoint; free some space, or choose another --out"
+            )
     write_whole(out / "config.json", lambda file: file.write_text(json.dumps(asdict(config) | facts, indent=2) + "\n"))
 
     lines, scores = [], {}
@@ -1016,19 +1025,19 @@ def run(arguments):
             log({"step": step, "evaluation": scores})
             tqdm.write(f"\nstep {step}\n{format_scores(scores)}")
 
-    log({"notice": notice} if notice else {"dataset": config.data})
+    log({"notice": notice} if notice else {"dataset": data})
     text_loss_before = text and text.held_out_loss(model, device)
     train(model, trajectories, text, config, device, after)
     text_loss_after = text and text.held_out_loss(model, device)
 
     target, row = best_target(scores)
     summary = {
-        "best": {"target": float(target)} | row, "targets": scores, "dataset": config.data, "lm": config.lm,
+        "best": {"target": float(target)} | row, "targets": scores, "dataset": data, "lm": lm,
         "demo": facts["demo"], "text_loss_before": text_loss_before, "text_loss_after": text_loss_after,
         "seconds": round(time.time() - start, 1),
     }  # fmt: skip
     write_whole(out / "scores.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(f"\n{notice or config.data}\n{format_scores(scores)}\nscores: {reference_source}")
+    print(f"\n{notice or data}\n{format_scores(scores)}\nscores: {reference_source}")
     if text:
         print(
             f"language loss on held-out text: {text_loss_before:.3f} before, {text_loss_after:.3f} after (nats per token)"

@@ -6,8 +6,10 @@ python -m pytest -q
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -500,16 +502,18 @@ def test_evaluation_scores():
 
 def test_reacher2d_rewards_the_fingertip_on_the_target():
     env = gym.make("eval:lamo/Reacher2d-v0")
+    for distance in (0.0, 0.01, 0.0205, 0.0215, 0.03):
+        env.reset(seed=0)
+        arm = env.unwrapped
+        arm.set_state(np.append(arm.data.qpos[:2], arm.get_body_com("fingertip")[:2] + [distance, 0]), np.zeros(4))
+        observation, reward, *_ = env.step(np.zeros(2, np.float32))
+        assert np.linalg.norm(observation[-2:]) == pytest.approx(distance, abs=4e-4)
+        assert reward == float(distance < 0.021)
+    body = arm.model.body
+    assert arm.ARM_LENGTH == pytest.approx(body("body1").pos[0] + body("fingertip").pos[0])
     env.reset(seed=0)
-    rewards, on_target = [], []
-    for t in range(100):
-        observation, reward, terminated, truncated, _ = env.step(np.array([0.05, -0.1 if t % 2 else 0.1], np.float32))
-        rewards.append(reward)
-        on_target.append(np.linalg.norm(observation[-2:]) < 0.021)
-    assert truncated and not terminated
-    assert rewards == [float(x) for x in on_target]
-    body = env.unwrapped.model.body
-    assert env.unwrapped.ARM_LENGTH == pytest.approx(body("body1").pos[0] + body("fingertip").pos[0])
+    ends = [env.step(np.zeros(2, np.float32))[2:4] for _ in range(100)]
+    assert ends == [(False, False)] * 99 + [(False, True)]
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -854,15 +858,15 @@ def test_what_was_named_is_never_replaced(tmp_path, named, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_silent_hub_is_given_up_in_three_seconds(monkeypatch):
-    import socket
-    import time
-
+@pytest.mark.parametrize("silent", ["server", "name service"])
+def test_silent_hub_is_given_up_in_three_seconds(monkeypatch, silent):
     with socket.socket() as server:  # accepts, and never answers
         server.bind(("127.0.0.1", 0))
         server.listen()
         monkeypatch.setattr(lamo.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(lamo.constants, "HF_HUB_OFFLINE", False)
+        if silent == "name service":  # which no time limit of urllib's reaches
+            monkeypatch.setattr(lamo.urllib.request, "urlopen", lambda *request, **limits: time.sleep(8))
         lamo.hub_reachable.cache_clear()
         start = time.time()
         assert lamo.hub_reachable() is False
@@ -997,6 +1001,14 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
         result = command(script, *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert result.stderr.startswith(f"{script}: error: ")
+
+
+def test_full_disk_is_noticed_before_training(tmp_path, monkeypatch, lm_folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    usage = lamo.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(lamo.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="too full"):
+        lamo.run([*SHORT, "--lm", str(lm_folder), "--text-block", "32", "--out", str(tmp_path / "run")])
 
 
 def test_full_disk_loses_nothing(tmp_path):
