@@ -117,7 +117,9 @@ def references(dataset, d4rl=None):
     if None not in known:
         return known, "between the dataset's own reference returns"
     return (
-        (d4rl, "between D4RL's reference returns") if d4rl else ([0, 100], "the plain return, for want of references")
+        (d4rl, "between D4RL's reference returns")
+        if d4rl
+        else ([0, 100], "the plain return, no reference returns are known")
     )
 
 
@@ -158,7 +160,7 @@ def rollout(policy, spec, targets, episodes, seed, delayed=False, frames=None):
     observation = observed(observation)
     S, A, K, T = observation.shape[1], envs.single_action_space.shape[0], policy.context, policy.max_timesteps
     low, high = envs.single_action_space.low, envs.single_action_space.high
-    every = max(1, round(envs.metadata.get("render_fps", VIDEO_FPS) / VIDEO_FPS))
+    every = max(1, round(envs.metadata.get("render_fps", VIDEO_FPS) / VIDEO_FPS))  # steps per frame
     returns_to_go = torch.zeros(count, T + 1, device=device)
     returns_to_go[:, 0] = torch.tensor(targets, device=device).repeat_interleave(episodes)
     states = torch.zeros(count, T, S, device=device)
@@ -244,8 +246,9 @@ def record(policy, spec, target, seed, path, delayed=False):
     frames = []
     with explained("cannot render here; install EGL or OSMesa and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"):
         returns, lengths = rollout(policy, spec, [target], 1, seed, delayed, frames)
+    simulated = gym.make(spec).metadata.get("render_fps", VIDEO_FPS)
     with explained(f"cannot write --video {path}; name another file"):
-        imageio.mimsave(path, frames, fps=VIDEO_FPS)
+        imageio.mimsave(path, frames, fps=simulated / max(1, round(simulated / VIDEO_FPS)))
     return float(returns[0, 0]), int(lengths[0, 0])
 
 
@@ -255,7 +258,7 @@ def run(arguments):
     parser.add_argument("folder", help="folder of a run, as lamo.py wrote it")
     parser.add_argument("--targets", type=float, nargs="+", help="returns to ask for (default: the run's)")
     parser.add_argument("--episodes", type=int, help="episodes per target (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first episode (default 0)")
+    parser.add_argument("--seed", type=int, help="seed of the first episode (default: the run's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
     parser.add_argument("--video", metavar="FILE", help="render one episode of the best target into a .gif or .mp4")
     options = parser.parse_args(arguments)
@@ -264,7 +267,7 @@ def run(arguments):
     if options.episodes is not None and options.episodes < 1:
         raise InputError("--episodes must be greater than 0")
     if options.video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # no screen: before mujoco is imported
+        os.environ.setdefault("MUJOCO_GL", "egl")  # no screen; read when the renderer is made
     import lamo
 
     lamo.disable_progress_bar()
@@ -273,11 +276,12 @@ def run(arguments):
     if facts["demo"]:
         print("DEMO ASSETS, NOT COMPARABLE TO THE PAPER")
     targets, episodes = options.targets or config.targets, options.episodes or config.episodes
-    scores = evaluate(policy, spec, targets, episodes, options.seed, facts["reference"], config.delayed)
+    seed = config.seed if options.seed is None else options.seed
+    scores = evaluate(policy, spec, targets, episodes, seed, facts["reference"], config.delayed)
     print(f"{format_scores(scores)}\nscores: {facts['reference_source']}")
     if options.video:
         target = float(best_target(scores)[0])
-        total, length = record(policy, spec, target, options.seed, options.video, config.delayed)
+        total, length = record(policy, spec, target, seed, options.video, config.delayed)
         print(f"{options.video}: target {target:g}, return {total:.1f}, {length} steps")
 
 

@@ -3,7 +3,7 @@
 Reference implementation of "Unleashing the Power of Pre-trained Language Models for Offline
 Reinforcement Learning" (Shi et al., ICLR 2024, https://arxiv.org/abs/2310.20587) in one file.
 
-    L = mean over steps of ||a_hat - a||^2 + lang_coef * cross-entropy of the next token of text
+    L = mean squared error of the actions + lang_coef * cross-entropy of the next token of text
 
 Four parts make it LaMo, each in one place below:
   1. the trunk starts from a language model's weights    GPT2.from_pretrained
@@ -31,7 +31,6 @@ import sys
 import threading
 import time
 import typing
-import urllib.request
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -42,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 from pyarrow import parquet
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2Model
@@ -127,7 +126,6 @@ METHODS = {
 }  # fmt: skip
 
 # What defaults become with demo assets, so that a run ends in minutes on two CPU cores.
-DEMO = Path(__file__).resolve().parent / "demo"
 DEMO_SETTINGS = {
     "layers": 3, "width": 128, "heads": 4, "dropout": 0.0, "text_block": 256, "steps": 1000, "batch": 32, "lr": 1e-3,
     "lr_schedule": "cosine", "warmup": 100, "episodes": 5, "eval_every": 1000,
@@ -154,14 +152,14 @@ TASKS = {
     "kitchen-partial": Task("gymnasium_robotics:FrankaKitchen-v1", "D4RL/kitchen/partial-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
     "kitchen-mixed": Task("gymnasium_robotics:FrankaKitchen-v1", "D4RL/kitchen/mixed-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
     # The paper's data for it is not on Minari; ours is used whether there is a network or not.
-    "reacher2d": Task("eval:lamo/Reacher2d-v0", f"{DEMO}/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),
+    "reacher2d": Task("eval:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------- LoRA: part 2
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + (alpha / r) B A dropout(x), with W frozen: LaMo's part 2 (Hu et al. 2021, equation 3).
+    """y = W x + b + (alpha / r) B A dropout(x), with W frozen, b, A, B trained: LaMo's part 2 (Hu et al. 2021, equation 3).
 
     A fused projection such as GPT-2's [q; k; v] gets a rank-r pair of its own for each part. B starts
     at zero, so that the layer starts as the linear layer it was made from.
@@ -272,7 +270,7 @@ class GPT2(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # what a block adds to the residual stream starts smaller
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif name.endswith(("c_attn.weight", "c_fc.weight", "wte.weight", "wpe.weight")):
+            elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -304,13 +302,12 @@ class GPT2(nn.Module):
             f"no GPT-2 for --lm {name}; give a folder with config.json and model.safetensors, or --offline alone"
         ):
             config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
-            if (config.model_type, config.activation_function, config.tie_word_embeddings) != (
-                "gpt2",
-                "gelu_new",
-                True,
-            ):
+            if config.model_type != "gpt2":
+                raise InputError(f"--lm {name} is of the architecture {config.model_type}, not gpt2; try distilgpt2")
+            options = (config.activation_function, config.tie_word_embeddings, config.scale_attn_weights)
+            if options != ("gelu_new", True, True) or config.scale_attn_by_inverse_layer_idx:
                 raise InputError(
-                    f"--lm {name} is a {config.model_type} of another architecture than GPT-2's; try distilgpt2"
+                    f"--lm {name} is of an architecture that differs from the original GPT-2's; try distilgpt2"
                 )
             source, report = GPT2Model.from_pretrained(
                 name,
@@ -373,7 +370,7 @@ class LaMo(nn.Module):
         action_low, action_high: (A,) bounds of the environment's actions.
         max_timesteps: longest episode, in steps.
         context: K, the steps that `act` looks back on.
-        return_scale: what brings returns to order one.
+        return_scale: divides returns, to bring them to order one.
         embed: "mlp" or "linear", for the embedders and the action head.
         state_mean, state_std: (S,) of the training data.
     """
@@ -475,7 +472,7 @@ class Trajectories:
             for i, array in enumerate(arrays):
                 if np.isnan(array).any():
                     raise InputError(
-                        f"trajectory {i} of those kept has an {name} that is no number; remove it from the data"
+                        f"trajectory {i} of those kept has an {name} that is NaN; remove it from the dataset"
                     )
         lengths = np.array([len(reward) for reward in rewards])
         self.returns = np.array([reward.sum() for reward in rewards])
@@ -628,16 +625,15 @@ def tokenize(read, tokenizer, key):
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamo" / f"{digest}.npy"
     try:
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         pass  # not there yet, or damaged
     documents = read()
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts = []
-    with tqdm(total=len(documents), desc="tokenising", unit="line", leave=False, disable=None) as progress:
-        for start in range(0, len(documents), 1000):
-            chunk = tokenizer(documents[start : start + 1000], verbose=False)["input_ids"]
-            parts += [np.array(ids, dtype) for ids in chunk]
-            progress.update(len(chunk))
+    for start in tqdm(range(0, len(documents), 1000), desc="tokenising", unit="k lines", leave=False, disable=None):
+        parts += [
+            np.array(ids, dtype) for ids in tokenizer(documents[start : start + 1000], verbose=False)["input_ids"]
+        ]
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -711,7 +707,7 @@ def write_whole(path, write):
     Raises:
         InputError: the disk is full or the folder cannot be written; what was at `path` is still there.
     """
-    partial = path.with_name(f"partial-{path.name}")
+    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
         with explained(f"cannot write {path}; free some space, or choose another --out"):
             write(partial)
@@ -734,7 +730,7 @@ def save(model, config, facts, path):
         "config": asdict(config),
         "facts": facts,
         "model": {name: tensor for name, tensor in state.items() if name not in frozen},
-        "frozen": {name: float(state[name].double().abs().sum()) for name in frozen},  # to know them again
+        "frozen": {name: float(state[name].cpu().double().abs().sum()) for name in frozen},  # to know them again
     }
     write_whole(path, lambda file: torch.save(checkpoint, file))
 
@@ -755,10 +751,14 @@ def load(folder, device="cpu"):
             gpt2, center - radius, center + radius, len(state["embed_timestep.weight"]), config.context,
             state["return_scale"], config.embed, state["state_mean"], state["state_std"],
         )  # fmt: skip
-        model.load_state_dict(state, strict=False)
+        absent, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or set(absent) != set(checkpoint["frozen"]):
+            raise InputError(
+                f"--lm {config.lm} has another shape than the model that {path} was trained on; train again"
+            )
     whole = model.state_dict()
     for name, total in checkpoint["frozen"].items():
-        if not math.isclose(float(whole[name].double().abs().sum()), total, rel_tol=1e-5):
+        if not math.isclose(float(whole[name].cpu().double().abs().sum()), total, rel_tol=1e-5):
             raise InputError(f"--lm {config.lm} is not the model that {path} was trained on; train again")
     model.gpt2.merge_lora()
     return model.to(device).eval(), config, checkpoint["facts"]
@@ -775,23 +775,26 @@ def hub_reachable():
     answers = []
 
     def ask():
-        request = urllib.request.Request(f"{constants.ENDPOINT}/gpt2/resolve/main/config.json", method="HEAD")
         try:
-            with urllib.request.urlopen(request, timeout=3) as answer:
-                answers.append(answer)
-        except (OSError, ValueError):
+            answers.append(get_session().head(f"{constants.ENDPOINT}/gpt2/resolve/main/config.json", timeout=3))
+        except Exception:  # of whichever HTTP library huggingface_hub uses
             pass
 
-    # In a thread of its own, because looking up a host's name knows no time limit.
+    # In a thread of its own, because looking up a host's name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout=3)
-    return bool(answers)
+    return bool(answers) and answers[0].status_code < 400
 
 
 def in_hub_cache(filename, **repository):
     """Whether a file of the hub is on this machine already."""
     return isinstance(try_to_load_from_cache(filename=filename, **repository), str)
+
+
+def folder(name):
+    """The folder of this name, from here or, as the demo's, beside lamo.py; None if there is none."""
+    return next((path for path in (Path(name), Path(__file__).resolve().parent / name) if path.is_dir()), None)
 
 
 def minari_folder(name):
@@ -816,9 +819,9 @@ def configure(arguments):
 
     wanted = {}  # what the paper used, whether it is cached, what the demo has
     if "lm" not in chosen:
-        wanted["lm"] = "gpt2", in_hub_cache("model.safetensors", repo_id="gpt2"), DEMO / "gpt2-tiny"
+        wanted["lm"] = "gpt2", in_hub_cache("model.safetensors", repo_id="gpt2"), "demo/gpt2-tiny"
     if "data" not in chosen:
-        wanted["data"] = task.data, minari_folder(task.data).is_dir(), DEMO / "lamo" / config.env / "demo-v0"
+        wanted["data"] = task.data, minari_folder(task.data).is_dir(), f"demo/lamo/{config.env}/demo-v0"
     if "text" not in chosen and config.lang_coef > 0:
         wanted["text"] = "wikitext", all(in_hub_cache(name, **WIKITEXT) for name in WIKITEXT_FILES), "pydoc"
     if config.offline:
@@ -826,21 +829,23 @@ def configure(arguments):
     missing = [name for name, (_, cached, _) in wanted.items() if config.offline or not (cached or hub_reachable())]
     why = "--offline" if config.offline else "the Hugging Face hub cannot be reached"
     for name, (paper, _, demo) in wanted.items():
-        if name in missing and isinstance(demo, Path) and not demo.is_dir():
+        if name in missing and demo != "pydoc" and not folder(demo):
             raise InputError(f"{paper} cannot be fetched ({why}), and there is no {demo}; name one with --{name}")
-        config = replace(config, **{name: str(demo if name in missing else paper)})
+        config = replace(config, **{name: demo if name in missing else paper})
     notice = None
     if missing:
-        notice = (
-            f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER ({why}): {', '.join(missing)} and smaller settings from demo/"
-        )
+        what = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
+        notice = f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER ({why}): {what}, and smaller settings"
         config = replace(config, **{name: value for name, value in DEMO_SETTINGS.items() if name not in chosen})
+
+    elif config.data == "demo/lamo/reacher2d/demo-v0":
+        notice = f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER (its data is not published): data {config.data}"
 
     if task:
         config = replace(config, targets=config.targets or task.targets, context=config.context or task.context)
     config = replace(config, context=config.context or 20)
     if config.out is None:
-        name = config.env or Path(config.data).as_posix().strip("/").replace("/", "-")
+        name = config.env or config.data.strip("/").replace("/", "-")
         stem = f"runs/{name}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' if notice else ''}"
         number = next(i for i in itertools.count(1) if not Path(f"{stem}{f'-{i}' * (i > 1)}").exists())
         config = replace(config, out=f"{stem}{f'-{number}' * (number > 1)}")
@@ -855,7 +860,7 @@ def parse(arguments):
         kind = (typing.get_args(hints[item.name]) or (hints[item.name],))[0]  # str | None -> str
         how = {"type": kind, "choices": item.metadata["choices"]}
         if kind is bool:
-            how = {"action": "store_true"}
+            how = {"action": argparse.BooleanOptionalAction}
         elif item.name == "targets":
             how = {"type": float, "nargs": "+"}
         default = "" if item.default in (None, False) else f" (default {item.default})"
@@ -888,30 +893,28 @@ def load_dataset(name):
         InputError: it cannot be had, or not be read.
     """
     with explained(f"cannot get the dataset {name}; `minari list remote` lists what there is"):
-        folder = Path(name) if Path(name).is_dir() else minari_folder(name)
-        if not folder.is_dir() and hub_reachable():
+        path = folder(name) or minari_folder(name)
+        if not path.is_dir() and hub_reachable():
             minari.download_dataset(name)
-    if not folder.is_dir():
+    if not path.is_dir():
         raise InputError(
-            f"the dataset {name} is not in {folder.parent}, and the Hugging Face hub cannot be reached; run "
+            f"the dataset {name} is not in {path.parent}, and the Hugging Face hub cannot be reached; run "
             f"`minari download {name}` where it can be, give a folder with --data, or use --offline without --data"
         )
-    with explained(f"{folder} is not a Minari dataset that can be read; make or download it anew"):
-        return minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
+    with explained(f"{path} is not a Minari dataset that can be read; make or download it anew"):
+        return minari.MinariDataset(path / "data" if (path / "data").is_dir() else path)
 
 
 def load_tokenizer(config):
     """The language model's tokenizer; for random weights GPT-2's, or the demo's where that cannot be had."""
     name = config.lm
     if name == "none":
-        name = str(DEMO / "gpt2-tiny") if config.text == "pydoc" else "gpt2"
+        have = not config.offline and (in_hub_cache("tokenizer.json", repo_id="gpt2") or hub_reachable())
+        name = "gpt2" if have else "demo/gpt2-tiny"
     with explained(f"no tokenizer for --lm {name}; put its files beside the weights"):
-        return AutoTokenizer.from_pretrained(name, local_files_only=not fetchable(name))
-
-
-def fetchable(name):
-    """Whether a model by this name is to be looked for on the hub."""
-    return not Path(name).is_dir() and hub_reachable()
+        return AutoTokenizer.from_pretrained(
+            folder(name) or name, local_files_only=bool(folder(name)) or not hub_reachable()
+        )
 
 
 def build_gpt2(config, vocab_size, n_positions):
@@ -925,7 +928,10 @@ def build_gpt2(config, vocab_size, n_positions):
             )
         )  # fmt: skip
     else:
-        gpt2 = GPT2.from_pretrained(config.lm, config.dropout, local_files_only=not fetchable(config.lm))
+        here = folder(config.lm)
+        gpt2 = GPT2.from_pretrained(
+            here or config.lm, config.dropout, local_files_only=bool(here) or not hub_reachable()
+        )
     gpt2.requires_grad_(config.train_trunk)
     if config.lora_rank > 0:
         gpt2.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -972,12 +978,14 @@ def run(arguments):
     spec, action_space = environment(dataset, task.env_id if task else None)
     trajectories = Trajectories.from_minari(dataset, config.ratio, config.seed, config.delayed, device)
     returns, best = trajectories.returns, float(trajectories.returns.max())
-    config = replace(config, targets=config.targets or (best, best / 2))
+    config = replace(config, targets=config.targets or (best, best / 2 if best > 0 else 2 * best))
     return_scale = task.return_scale if task else 10.0 ** round(math.log10(max(abs(returns).max(), 1e-3)))
     (low, high), reference_source = references(dataset, task and task.reference)
 
-    tokenizer = load_tokenizer(config) if config.text else None
+    tokenizer = load_tokenizer(config) if config.text is not None else None
     gpt2 = build_gpt2(config, *((len(tokenizer), config.text_block) if tokenizer else (0, 0)))
+    if tokenizer and len(tokenizer) > gpt2.config.vocab_size:
+        raise InputError(f"the tokenizer of --lm {config.lm} has more tokens than the model; take the model's own")
     text = tokenizer and load_text(config.text, tokenizer, min(config.text_block, gpt2.config.n_positions), config.seed)
     max_timesteps = max(trajectories.longest, spec.max_episode_steps or 0)
     model = LaMo(
@@ -985,7 +993,6 @@ def run(arguments):
         trajectories.state_mean, trajectories.state_std,
     ).to(device)  # fmt: skip
 
-    lm, data = (name.replace(f"{DEMO.parent}/", "") for name in (config.lm, config.data))  # short names of the demo's
     facts = {
         "kept": f"{len(returns)} of {dataset.total_episodes} trajectories, "
         f"{len(trajectories.states)} steps, returns {returns.min():.1f} to {best:.1f}, mean {returns.mean():.1f}",
@@ -994,8 +1001,8 @@ def run(arguments):
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }  # fmt: skip
-    print(f"data    {data}: {facts['kept']}")
-    print(f"model   {config.method} on {lm}: {facts['trainable']:,} of {facts['parameters']:,} parameters train")
+    print(f"data    {config.data}: {facts['kept']}")
+    print(f"model   {config.method} on {config.lm}: {facts['trainable']:,} of {facts['parameters']:,} parameters train")
     if text:
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, {len(text.held_out):,} held out")
     print(f"run     {config.steps:,} steps on {device}, into {out}", flush=True)
@@ -1025,19 +1032,19 @@ def run(arguments):
             log({"step": step, "evaluation": scores})
             tqdm.write(f"\nstep {step}\n{format_scores(scores)}")
 
-    log({"notice": notice} if notice else {"dataset": data})
+    log({"notice": notice} if notice else {"dataset": config.data})
     text_loss_before = text and text.held_out_loss(model, device)
     train(model, trajectories, text, config, device, after)
     text_loss_after = text and text.held_out_loss(model, device)
 
     target, row = best_target(scores)
     summary = {
-        "best": {"target": float(target)} | row, "targets": scores, "dataset": data, "lm": lm,
+        "best": {"target": float(target)} | row, "targets": scores, "dataset": config.data, "lm": config.lm,
         "demo": facts["demo"], "text_loss_before": text_loss_before, "text_loss_after": text_loss_after,
         "seconds": round(time.time() - start, 1),
     }  # fmt: skip
     write_whole(out / "scores.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(f"\n{notice or data}\n{format_scores(scores)}\nscores: {reference_source}")
+    print(f"\n{notice or config.data}\n{format_scores(scores)}\nscores: {reference_source}")
     if text:
         print(
             f"language loss on held-out text: {text_loss_before:.3f} before, {text_loss_after:.3f} after (nats per token)"
