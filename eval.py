@@ -115,9 +115,9 @@ def references(dataset, d4rl=None):
     """Returns that score 0 and 100, and in words where they are from: the dataset, else D4RL, else none are known."""
     known = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
     if None not in known:
-        return known, "between the dataset's own reference returns"
+        return known, "0 to 100 between the dataset's own reference returns"
     return (
-        (d4rl, "between D4RL's reference returns")
+        (d4rl, "0 to 100 between D4RL's reference returns")
         if d4rl
         else ([0, 100], "the plain return, no reference returns are known")
     )
@@ -278,7 +278,7 @@ def run(arguments):
     targets, episodes = options.targets or config.targets, options.episodes or config.episodes
     seed = config.seed if options.seed is None else options.seed
     scores = evaluate(policy, spec, targets, episodes, seed, facts["reference"], config.delayed)
-    print(f"{format_scores(scores)}\nscores: {facts['reference_source']}")
+    print(f"{format_scores(scores)}\nscore: {facts['reference_source']}")
     if options.video:
         target = float(best_target(scores)[0])
         total, length = record(policy, spec, target, seed, options.video, config.delayed)

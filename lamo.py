@@ -1030,7 +1030,8 @@ def run(arguments):
                 evaluate(model, spec, config.targets, config.episodes, config.seed, (low, high), config.delayed)
             )
             log({"step": step, "evaluation": scores})
-            tqdm.write(f"\nstep {step}\n{format_scores(scores)}")
+            if step < config.steps:
+                tqdm.write(f"\nstep {step}\n{format_scores(scores)}")
 
     log({"notice": notice} if notice else {"dataset": config.data})
     text_loss_before = text and text.held_out_loss(model, device)
@@ -1044,7 +1045,7 @@ def run(arguments):
         "seconds": round(time.time() - start, 1),
     }  # fmt: skip
     write_whole(out / "scores.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(f"\n{notice or config.data}\n{format_scores(scores)}\nscores: {reference_source}")
+    print(f"\n{notice or config.data}\n{format_scores(scores)}\nscore: {reference_source}")
     if text:
         print(
             f"language loss on held-out text: {text_loss_before:.3f} before, {text_loss_after:.3f} after (nats per token)"

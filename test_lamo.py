@@ -577,6 +577,8 @@ def test_eval_command_and_video(trained, tmp_path):
     folder, _ = trained
     video = tmp_path / "out.gif"
     result = command("eval.py", folder, "--targets", 1500, "--video", video)
+    if "cannot render here" in result.stderr:
+        pytest.skip("this machine has no OpenGL")
     assert result.returncode == 0, result.stderr
     scores = json.loads((folder / "scores.json").read_text())
     assert f"{scores['targets']['1500']['return_mean']:.0f}" in result.stdout
@@ -714,6 +716,7 @@ def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
     lamo.run([*arguments, "--text-block", "32", "--targets", "4", "--episodes", "1", "--out", str(tmp_path / "run")])
     policy, config, facts = lamo.load(tmp_path / "run")
     spec = evaluation.EnvSpec.from_json(facts["env_spec"])
+    assert facts["reference_source"] == "0 to 100 between D4RL's reference returns"
     assert len(policy.state_mean) == 59 and policy.max_timesteps == spec.max_episode_steps == 280
     assert spec.kwargs["tasks_to_complete"] == ["microwave", "kettle", "light switch", "slide cabinet"]
     assert spec.kwargs["remove_task_when_completed"] is True and facts["reference"] == [0, 4]
