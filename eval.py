@@ -270,7 +270,6 @@ def run(arguments):
         os.environ.setdefault("MUJOCO_GL", "egl")  # no screen; read when the renderer is made
     import lamo
 
-    lamo.disable_progress_bar()
     policy, config, facts = lamo.load(options.folder, lamo.pick_device(options.device))
     spec = EnvSpec.from_json(facts["env_spec"])
     if facts["demo"]:
@@ -285,12 +284,12 @@ def run(arguments):
         print(f"{options.video}: target {target:g}, return {total:.1f}, {length} steps")
 
 
-def main():
-    """The command line: exit code 0, or 2 after one line that says what is wrong and what to do."""
+def command_line(run, script):
+    """Call run(arguments) -> exit code: 0, or 2 after one line that says what is wrong and what to do."""
     try:
         run(sys.argv[1:])
     except InputError as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
+        print(f"{script}: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -299,4 +298,4 @@ if __name__ == "__main__":
     # As module `eval`, not `__main__`: lamo.py imports the same classes from there.
     import eval
 
-    sys.exit(eval.main())
+    sys.exit(eval.command_line(eval.run, "eval.py"))

@@ -51,6 +51,7 @@ from eval import (
     InputError,
     Parser,
     best_target,
+    command_line,
     environment,
     evaluate,
     explained,
@@ -928,6 +929,7 @@ def build_gpt2(config, vocab_size, n_positions):
             )
         )  # fmt: skip
     else:
+        disable_progress_bar()  # of reading weights from the disk, which takes a moment
         here = folder(config.lm)
         gpt2 = GPT2.from_pretrained(
             here or config.lm, config.dropout, local_files_only=bool(here) or not hub_reachable()
@@ -1053,16 +1055,5 @@ def run(arguments):
     print(f"{summary['seconds']:.0f} s, all in {out}; evaluate it again: python eval.py {out}")
 
 
-def main():
-    """The command line; exit code 0, or 2 after one line that says what is wrong and what to do."""
-    disable_progress_bar()  # of reading weights from the disk, which takes a moment
-    try:
-        run(sys.argv[1:])
-    except InputError as error:
-        print(f"lamo.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(run, "lamo.py"))
