@@ -129,7 +129,7 @@ METHODS = {
 # What defaults become with demo assets, so that a run ends in minutes on two CPU cores.
 DEMO_SETTINGS = {
     "layers": 3, "width": 128, "heads": 4, "dropout": 0.0, "text_block": 256, "steps": 1000, "batch": 32, "lr": 1e-3,
-    "lr_schedule": "cosine", "warmup": 100, "episodes": 5, "eval_every": 1000,
+    "lr_schedule": "cosine", "warmup": 100, "eval_every": 1000,
 }  # fmt: skip
 
 
