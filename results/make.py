@@ -61,7 +61,6 @@ def draw(rows, path):
             axes.bar(i + 0.36 * (k - 0.5), returns.mean(), 0.34, color=colour, label=method if i == 0 else None)
             axes.plot(np.full(len(returns), i + 0.36 * (k - 0.5)), returns, "k.", markersize=4)
     axes.axhline(1, color="k", linewidth=0.8, linestyle="--")
-    axes.text(len(rows) - 0.45, 1.02, "dataset's mean", ha="right", va="bottom", fontsize=8)
     axes.set_xticks(range(len(rows)), [f"{row['env']}\n{float(row['ratio']):.0%} of data" for row in rows], fontsize=8)
     axes.set_ylabel("return / dataset's mean")
     axes.spines[["top", "right"]].set_visible(False)
