@@ -541,7 +541,6 @@ class Text:
         tokens: (N,) integers to train on; may be a memory map.
         held_out: (M,) integers that are never trained on.
         block: T, tokens per crop.
-        tokenizer: transformers' tokenizer that made the tokens.
     Raises:
         InputError: either part is shorter than a block.
     """
