@@ -4,9 +4,10 @@
     python demo/make.py --only hopper --steps 20000   # one dataset, small, in minutes
     python demo/make.py --only gpt2-tiny              # the language model
 
-Locomotion policies are trained by PPO (Schulman et al. 2017, arXiv 1707.06347). Its snapshots, from the first
-that moves to the best, then act with some of their exploration noise, so that returns vary as they do in D4RL's
-medium-replay sets. The arm of reacher2d is driven by a controller whose skill differs from episode to episode.
+Locomotion policies are trained by PPO (Schulman et al. 2017, arXiv 1707.06347). The best of its snapshots collects
+half of the steps and all of them share the other half, with some of their exploration noise, so that returns vary as
+they do in D4RL's medium-expert sets. The arm of reacher2d is driven by a controller whose skill differs from episode to episode, the one
+in the kitchen by a script that does the subtasks of D4RL's sets one after the other.
 The language model is pre-trained on the documentation and docstrings of the Python installation that runs this.
 
 Work in progress is kept in demo/build, and a later call goes on from there.
@@ -25,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # eval.py, for reacher2d
+sys.path.insert(0, str(HERE.parent))
+from eval import KITCHEN, observed  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,28 @@ class Task:
     ]  # returns that score 0 and 100: D4RL's (Fu et al. 2020); reacher2d: none and all steps
     ppo_steps: int = 0  # environment steps that PPO may use; 0: the scripted controller
     noise: float = 1.0  # exploration noise of an episode, at most, in units of PPO's
-    weakest: float = 0.1  # weakest snapshot that collects, as a share of the best one's return
+    subtasks: tuple[str, ...] = ()  # of the kitchen, as in D4RL's set of this name
+    attempts: tuple[int, int] = (4, 4)  # how many of them an episode attempts, at least and at most
 
 
 TASKS = {
-    "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000, weakest=0.05),
+    "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000),
     "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000, noise=1.5),
     "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000, noise=1.5),
     "reacher2d": Task("eval:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
-}
+    "kitchen-complete": Task(
+        "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0),
+        subtasks=("microwave", "kettle", "light switch", "slide cabinet"),
+    ),
+    "kitchen-partial": Task(
+        "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0),
+        subtasks=("microwave", "kettle", "light switch", "slide cabinet"), attempts=(2, 4),
+    ),
+    "kitchen-mixed": Task(
+        "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0),
+        subtasks=("microwave", "kettle", "bottom burner", "light switch"), attempts=(1, 3),
+    ),
+}  # fmt: skip
 
 # -------------------------------------------------------------------------------- PPO
 
@@ -237,36 +253,141 @@ class Reacher:
         return torque + self.noise * self.rng.standard_normal(2)
 
 
-def collect(env, policies, steps, seed):
-    """Episodes of the policies in turn until there are `steps` steps -> Minari EpisodeBuffers, float32."""
+OPEN, CLOSED = 1, -1
+
+# How the hand does a subtask of the kitchen: the site of FrankaKitchen's model that it is about, then way points:
+# x, y, z in metres from where the site is at first, fingers, roll in radians.
+WAY_POINTS = {
+    "microwave": (
+        "microhandle_site",
+        [(0.03, -0.17, 0.03, OPEN, 0), (0.01, 0.02, 0.03, OPEN, 0), (0.01, 0.02, 0.03, CLOSED, 0), (0, -0.4, 0.03, CLOSED, 0)],
+    ),
+    "kettle": (
+        "kettle_site",
+        [(0, -0.15, -0.12, OPEN, 0), (0, 0.3, -0.1, OPEN, 0)],
+    ),
+    "light switch": (
+        "light_site",
+        [(0.1, -0.1, 0, CLOSED, 0), (0.1, 0.03, 0, CLOSED, 0), (-0.15, 0.03, 0, CLOSED, 0)],
+    ),
+    "slide cabinet": (
+        "slide_site",
+        [(-0.12, -0.12, 0, CLOSED, 0), (-0.12, 0, 0, CLOSED, 0), (0.25, 0, 0, CLOSED, 0)],
+    ),
+    "bottom burner": (
+        "knob2_site",
+        [(0, -0.12, 0, OPEN, 0), (0, 0, 0, OPEN, 0), (0, 0, 0, CLOSED, 0), (0, 0, 0.04, CLOSED, 1.2)],
+    ),
+}  # fmt: skip
+
+
+class Cook:
+    """Does some subtasks of the kitchen in random order, or all of them in theirs, by resolved-rate control.
+
+    It reads where things are from the simulator, not from the observation. Its noise varies between episodes.
+    """
+
+    SPEED = 0.8  # of the hand, metres per second
+    NEAR = 0.035  # metres to a way point at which the next one is taken
+    PATIENCE = 25  # steps after which it is taken anyway
+    POSTURE = np.array([0.15, -1.5, 1.84, -2.48, 0.26, 0.71, 1.6])  # joint angles, nearly those of the start
+
+    def __init__(self, env, subtasks, attempts, rng):
+        self.env, self.subtasks, self.attempts, self.rng = env.unwrapped, subtasks, attempts, rng
+
+    def reset(self):
+        self.noise = self.rng.uniform(0, 0.15)
+        self.aims = self.plan()
+
+    def plan(self):
+        """Yields for each step where the hand should be (3,), its axes (3, 3), and the fingers."""
+        least, most = self.attempts
+        order = self.subtasks
+        if least < len(order):
+            order = self.rng.permutation(order)[: self.rng.integers(least, most + 1)]
+        hand, completed = self.env.data.site("end_effector"), self.env.episode_task_completions
+        axes = hand.xmat.reshape(3, 3).copy()
+        for subtask in order:
+            name, points = WAY_POINTS[subtask]
+            site = self.env.data.site(name).xpos.copy()
+            for *offset, fingers, roll in points:
+                position, (sin, cos) = site + offset, (math.sin(roll), math.cos(roll))
+                rolled = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]]) @ axes
+                for _ in range(self.PATIENCE):
+                    yield position, rolled, fingers
+                    if subtask in completed or np.linalg.norm(position - hand.xpos) < self.NEAR:
+                        break
+                if subtask in completed:
+                    break
+
+    def act(self, observation):
+        aim = next(self.aims, None)
+        if aim is None:
+            return None
+        position, axes, fingers = aim
+        model, data, dt = self.env.model, self.env.data, self.env.robot_env.dt
+        hand = data.site("end_effector")
+        velocity = 6 * (position - hand.xpos)
+        velocity *= min(1, self.SPEED / np.linalg.norm(velocity))
+        rotation = 2 * np.cross(hand.xmat.reshape(3, 3), axes, axis=0).sum(axis=1)
+        jacobian = np.zeros((6, model.nv))
+        mujoco.mj_jacSite(model, data, jacobian[:3], jacobian[3:], hand.id)
+        jacobian = jacobian[:, :7]  # of the arm's joints
+
+        def joint_velocities(free):  # (7,) whether a joint may move
+            moving = jacobian * free
+            inverse = moving.T @ np.linalg.inv(moving @ moving.T + 1e-3 * np.eye(6))  # damped least squares
+            null_space = np.eye(7) - inverse @ moving  # what does not move the hand keeps the arm in its posture
+            return inverse @ np.append(velocity, rotation) + null_space @ (3 * (self.POSTURE - data.qpos[:7]))
+
+        low, high = model.jnt_range[:7].T
+        reached = data.qpos[:7] + 2 * dt * joint_velocities(np.ones(7))
+        velocities = joint_velocities((low < reached) & (reached < high))
+        against_gravity = data.qfrc_bias[:7] / model.actuator_gainprm[:7, 0] / dt
+        action = np.append((velocities + against_gravity) / 2, [fingers, fingers])  # 2 rad/s are an action of 1
+        return action + self.noise * self.rng.standard_normal(9)
+
+
+def collect(env, policies, shares, steps, seed):
+    """Episodes until there are `steps` steps -> Minari EpisodeBuffers, float32.
+
+    The next one is always by the policy that is furthest behind its share of the steps.
+    """
     from minari.data_collector import EpisodeBuffer
 
-    episodes, total = [], 0
-    while total < steps:
-        policy = policies[len(episodes) % len(policies)]
-        policy.reset()
+    episodes, taken = [], np.zeros(len(policies))
+    while taken.sum() < steps:
+        turn = np.argmin(taken / shares)
+        policy = policies[turn]
         observation, _ = env.reset(seed=seed + len(episodes))
-        observations, actions, rewards, terminations, truncations = [observation], [], [], [], []
+        policy.reset()
+        observations, actions, rewards, terminations, truncations = [], [], [], [], []
         while not actions or not (terminations[-1] or truncations[-1]):
-            action = np.clip(policy.act(observation), env.action_space.low, env.action_space.high).astype(np.float32)
+            observations.append(observed(observation).astype(np.float32))
+            action = policy.act(observation)
+            if action is None:  # nothing is left to do
+                truncations[-1] = True
+                break
+            action = np.clip(action, env.action_space.low, env.action_space.high).astype(np.float32)
             observation, reward, terminated, truncated, _ = env.step(action)
-            observations.append(observation)
             actions.append(action)
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
+        else:
+            observations.append(observed(observation).astype(np.float32))
         episodes.append(
             EpisodeBuffer(
                 id=len(episodes),
                 seed=seed + len(episodes),
-                observations=np.array(observations, np.float32),
+                observations=np.array(observations),
                 actions=np.array(actions),
                 rewards=np.array(rewards, np.float32),
                 terminations=np.array(terminations),
                 truncations=np.array(truncations),
             )
         )
-        total += len(rewards)
+        taken[turn] += len(rewards)
     return episodes
 
 
@@ -276,17 +397,23 @@ def make_dataset(name, folder, build, steps, seed):
     task = TASKS[name]
     steps = steps or task.dataset_steps
     rng = np.random.default_rng(seed)
-    if task.ppo_steps:
-        ppo_steps = min(task.ppo_steps, 20 * steps)  # a small dataset comes from a short training
-        snapshots = train_ppo(name, task, ppo_steps, build, seed)
-        best = max(snapshot["return"] for snapshot in snapshots)
-        able = [snapshot for snapshot in snapshots if snapshot["return"] >= task.weakest * best]
-        policies = [Snapshot(snapshot["policy"], task.noise, rng) for snapshot in able]
-        algorithm = f"PPO, {len(policies)} snapshots of one training of {ppo_steps} steps"
-    else:
-        policies, algorithm = [Reacher(rng)], "Jacobian-transpose control of varying strength"
-    with gym.make(task.env_id) as env:
-        episodes = collect(env, policies, steps, seed)
+    kwargs = {"tasks_to_complete": list(task.subtasks), **KITCHEN} if task.subtasks else {}
+    with gym.make(task.env_id, **kwargs) as env:
+        if task.ppo_steps:
+            ppo_steps = min(task.ppo_steps, 20 * steps)  # a small dataset comes from a short training
+            snapshots = train_ppo(name, task, ppo_steps, build, seed)
+            policies = [Snapshot(snapshot["policy"], task.noise, rng) for snapshot in snapshots]
+            tries = [collect(env, [policy], np.ones(1), steps // 10, seed) for policy in policies]
+            best = np.argmax([np.mean([episode.rewards.sum() for episode in tried]) for tried in tries])
+            shares = np.full(len(policies), 0.5 / len(policies))
+            shares[best] += 0.5
+            algorithm = f"PPO, {len(policies)} snapshots of one training of {ppo_steps} steps"
+        elif task.subtasks:
+            policies, shares = [Cook(env, task.subtasks, task.attempts, rng)], np.ones(1)
+            algorithm = "resolved-rate control along way points"
+        else:
+            policies, shares, algorithm = [Reacher(rng)], np.ones(1), "Jacobian-transpose control of varying strength"
+        episodes = collect(env, policies, shares, steps, seed)
         write_dataset(name, folder, env, episodes, task.reference, algorithm)
     returns = np.array([episode.rewards.sum() for episode in episodes])
     print(
@@ -302,14 +429,13 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
     import minari
 
     dataset_id = f"lamo/{name}/demo-v0"
-    space = env.observation_space
     shutil.rmtree(folder / dataset_id, ignore_errors=True)
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
     minari.create_dataset_from_buffers(
         dataset_id,
         episodes,
         env=env,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32),
+        observation_space=gym.spaces.Box(-np.inf, np.inf, episodes[0].observations[0].shape, np.float32),
         algorithm_name=algorithm,
         author="LaMo contributors",
         author_email="none",
@@ -317,7 +443,7 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
         ref_min_score=reference[0],
         ref_max_score=reference[1],
         description=f"Rollouts of mixed quality in {env.spec.id}, for the demo of LaMo. Not a D4RL dataset.",
-        requirements=["gymnasium[mujoco]"],
+        requirements=["gymnasium-robotics" if name.startswith("kitchen") else "gymnasium[mujoco]"],
     )
     path = folder / dataset_id / "data" / "main_data.hdf5"
     packed = path.with_suffix(".packed")
@@ -487,13 +613,15 @@ def draw_returns(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(10, 2.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 2.4), layout="constrained")
     for name, ax in zip(TASKS, axes):
         dataset = minari.MinariDataset(folder / "lamo" / name / "demo-v0" / "data")
         returns = np.array([episode.rewards.sum() for episode in dataset])
         ax.hist(returns, bins=25, color="#4063d8")
         ax.axvline(returns.mean(), color="k", linewidth=0.8, linestyle="--")
-        ax.set_title(f"{name}\n{len(returns)} episodes, mean {returns.mean():.0f}", fontsize=9)
+        ax.set_title(f"{name}\n{len(returns)} episodes, mean {returns.mean():.4g}", fontsize=7)
+        ax.tick_params(labelsize=7)
+        ax.locator_params(nbins=4)
         ax.set_xlabel("return", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("episodes", fontsize=8)
