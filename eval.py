@@ -134,6 +134,11 @@ def observed(observation):
     return observation["observation"]
 
 
+def video_stride(metadata):
+    """Steps of an environment from one frame of its video to the next."""
+    return max(1, round(metadata.get("render_fps", VIDEO_FPS) / VIDEO_FPS))
+
+
 @torch.no_grad()
 def rollout(policy, spec, targets, episodes, seed, delayed=False, frames=None):
     """Run every episode of every target in lockstep, one environment each.
@@ -160,7 +165,7 @@ def rollout(policy, spec, targets, episodes, seed, delayed=False, frames=None):
     observation = observed(observation)
     S, A, K, T = observation.shape[1], envs.single_action_space.shape[0], policy.context, policy.max_timesteps
     low, high = envs.single_action_space.low, envs.single_action_space.high
-    every = max(1, round(envs.metadata.get("render_fps", VIDEO_FPS) / VIDEO_FPS))  # steps per frame
+    stride = video_stride(envs.metadata)
     returns_to_go = torch.zeros(count, T + 1, device=device)
     returns_to_go[:, 0] = torch.tensor(targets, device=device).repeat_interleave(episodes)
     states = torch.zeros(count, T, S, device=device)
@@ -178,7 +183,7 @@ def rollout(policy, spec, targets, episodes, seed, delayed=False, frames=None):
         action = np.clip(action, low, high)
         observation, reward, terminated, truncated, _ = envs.step(action)  # an ended one starts anew, unheeded
         observation = observed(observation)
-        if frames is not None and t % every == 0:
+        if frames is not None and t % stride == 0:
             frames.append(envs.render()[0])
         actions[:, t] = torch.as_tensor(action, device=device)
         paid = np.zeros(count) if delayed else reward
@@ -246,9 +251,9 @@ def record(policy, spec, target, seed, path, delayed=False):
     frames = []
     with explained("cannot render here; install EGL or OSMesa and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"):
         returns, lengths = rollout(policy, spec, [target], 1, seed, delayed, frames)
-    simulated = gym.make(spec).metadata.get("render_fps", VIDEO_FPS)
+    metadata = gym.make(spec).metadata
     with explained(f"cannot write --video {path}; name another file"):
-        imageio.mimsave(path, frames, fps=simulated / max(1, round(simulated / VIDEO_FPS)))
+        imageio.mimsave(path, frames, fps=metadata.get("render_fps", VIDEO_FPS) / video_stride(metadata))
     return float(returns[0, 0]), int(lengths[0, 0])
 
 

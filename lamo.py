@@ -9,7 +9,7 @@ Four parts make it LaMo, each in one place below:
   1. the trunk starts from a language model's weights    GPT2.from_pretrained
   2. it stays frozen and is adapted through LoRA         LoRALinear, GPT2.add_lora
   3. MLPs embed returns, states and actions              Embedder, LaMo.__init__
-  4. a language loss on text is kept beside the actions  LaMo.language_loss, train
+  4. a language loss on text is kept beside the actions  LaMo.language_loss, LaMo.loss
 
     python lamo.py --env hopper --ratio 0.1                # GPU if there is one, else CPU
     python lamo.py --env hopper --ratio 0.1 --offline      # no network: small demo assets, minutes on a CPU
@@ -450,6 +450,19 @@ class LaMo(nn.Module):
         logits = self.gpt2(tokens)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
+    def loss(self, batch, tokens, lang_coef):
+        """L = action loss + lang_coef * language loss (paper, section 4) -> L, and its parts by name: LaMo's part 4.
+
+        Args:
+            batch: of Trajectories.
+            tokens: (B, T) of text, or None where there is no language loss.
+        """
+        parts = {"action_loss": self.action_loss(batch)}
+        if tokens is None:
+            return parts["action_loss"], parts
+        parts["language_loss"] = self.language_loss(tokens)
+        return parts["action_loss"] + lang_coef * parts["language_loss"], parts
+
 
 # ---------------------------------------------------------------------------- data
 
@@ -659,7 +672,7 @@ def learning_rate(step, config):
 
 
 def train(model, trajectories, text, config, device, after):
-    """Minimise L = action loss + lang_coef * language loss (paper, section 4).
+    """Minimise LaMo.loss with AdamW.
 
     Args:
         text: a Text, or None where lang_coef is 0.
@@ -676,18 +689,15 @@ def train(model, trajectories, text, config, device, after):
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, config)
-        losses = {"action_loss": model.action_loss(trajectories.batch(config.batch, config.context))}
-        loss = losses["action_loss"]
-        if config.lang_coef > 0:
-            losses["language_loss"] = model.language_loss(text.batch(config.text_batch).to(device))
-            loss = loss + config.lang_coef * losses["language_loss"]
+        tokens = text.batch(config.text_batch).to(device) if config.lang_coef > 0 else None
+        loss, parts = model.loss(trajectories.batch(config.batch, config.context), tokens, config.lang_coef)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, config.grad_clip)
         optimizer.step()
 
         count += 1
-        for name, value in losses.items():
+        for name, value in parts.items():
             sums[name] += value.detach()
         due = step % config.eval_every == 0 or step == config.steps
         if step % LOG_EVERY == 0 or due:
@@ -837,7 +847,6 @@ def configure(arguments):
         what = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
         notice = f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER ({why}): {what}, and smaller settings"
         config = replace(config, **{name: value for name, value in DEMO_SETTINGS.items() if name not in chosen})
-
     elif config.data == "demo/lamo/reacher2d/demo-v0":
         notice = f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER (its data is not published): data {config.data}"
 
