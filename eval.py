@@ -78,9 +78,12 @@ def environment(dataset, env_id=None):
     Raises:
         InputError: it cannot be made, its spaces are no vectors of real numbers, or the dataset's do not fit.
     """
+    if dataset.env_spec is None and env_id is None:
+        raise InputError(f"the dataset {dataset.id} does not say what environment it is of; name one with --env")
     with explained("cannot make the environment of the dataset; install what it needs, or name one with --env"):
         own = dataset.env_spec and (env_id is None or env_id.split(":")[-1] == dataset.env_spec.id)
-        kwargs = KITCHEN if "FrankaKitchen" in (dataset.env_spec.id if own else env_id) else {}
+        env_id = dataset.env_spec.id if own else env_id
+        kwargs = KITCHEN if "FrankaKitchen" in env_id else {}
         env = dataset.recover_environment(eval_env=True, **kwargs) if own else gym.make(env_id, **kwargs)
     for kind in ("observation_space", "action_space"):
         recorded, space = observed(getattr(dataset, kind)), observed(getattr(env, kind))
@@ -116,11 +119,9 @@ def references(dataset, d4rl=None):
     known = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
     if None not in known:
         return known, "0 to 100 between the dataset's own reference returns"
-    return (
-        (d4rl, "0 to 100 between D4RL's reference returns")
-        if d4rl
-        else ([0, 100], "the plain return, no reference returns are known")
-    )
+    if d4rl:
+        return d4rl, "0 to 100 between D4RL's reference returns"
+    return [0, 100], "the plain return, no reference returns are known"
 
 
 def observed(observation):
@@ -151,7 +152,7 @@ def rollout(policy, spec, targets, episodes, seed, delayed=False, frames=None):
         targets: returns to ask for.
         episodes: episodes per target; episode i starts from seed + i whatever the target.
         delayed: rewards are taken to come at the end, so that the return-to-go stays what was asked for.
-        frames: a list that receives pictures (H, W, 3) of the first environment, VIDEO_FPS per simulated second.
+        frames: a list that receives pictures (H, W, 3) of the first environment, about VIDEO_FPS per simulated second.
     Returns:
         returns, lengths: arrays (targets, episodes).
     """
@@ -201,7 +202,7 @@ def evaluate(policy, spec, targets, episodes, seed, reference, delayed=False):
     """Roll out and summarise.
 
     Args:
-        reference: (low, high) returns that score 0 and 100 (D4RL, Fu et al. 2020).
+        reference: (low, high) returns that score 0 and 100, as `references` gives them.
     Returns:
         {"3600": {"return_mean", "return_std", "score", "length_mean"}, ...} by target; std is over
         episodes (population), lengths are in steps.
@@ -271,14 +272,16 @@ def run(arguments):
         raise InputError(f"--video {options.video} is neither .gif nor .mp4; name the file out.gif or out.mp4")
     if options.episodes is not None and options.episodes < 1:
         raise InputError("--episodes must be greater than 0")
+    if options.seed is not None and options.seed < 0:
+        raise InputError("--seed must not be negative")
     if options.video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # no screen; read when the renderer is made
     import lamo
 
-    policy, config, facts = lamo.load(options.folder, lamo.pick_device(options.device))
+    policy, config, facts = lamo.load(options.folder, pick_device(options.device))
     spec = EnvSpec.from_json(facts["env_spec"])
-    if facts["demo"]:
-        print("DEMO ASSETS, NOT COMPARABLE TO THE PAPER")
+    if facts["notice"]:
+        print(facts["notice"])
     targets, episodes = options.targets or config.targets, options.episodes or config.episodes
     seed = config.seed if options.seed is None else options.seed
     scores = evaluate(policy, spec, targets, episodes, seed, facts["reference"], config.delayed)

@@ -82,7 +82,9 @@ class Config:
     delayed: bool = option(False, "move each trajectory's reward to its last step (Chen et al. 2021)")
     # the method
     method: str = option("lamo", "preset for the options of this block", choices=("lamo", "dt", "wiki-rl"))
-    lm: str = option("gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights")
+    lm: str = option(
+        "gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights, frozen too without --train-trunk"
+    )
     lora_rank: int = option(16, "r of LoRA; 0: no LoRA", 0)
     lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", 0)
     lora_dropout: float = option(0.1, "dropout on the input of LoRA", 0, 1)
@@ -103,7 +105,7 @@ class Config:
     lr_schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(2500, "training steps of linear warm-up", 0)
     weight_decay: float = option(1e-5, "weight decay of AdamW", 0)
-    grad_clip: float = option(0.25, "largest norm of the gradient", 0)
+    grad_clip: float = option(0.25, "largest norm of the gradient", 1e-6)
     seed: int = option(0, "seeds the choice of trajectories, weights, batches and simulator", 0)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     # the evaluation
@@ -689,7 +691,7 @@ def train(model, trajectories, text, config, device, after):
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, config)
-        tokens = text.batch(config.text_batch).to(device) if config.lang_coef > 0 else None
+        tokens = text.batch(config.text_batch).to(device) if text else None
         loss, parts = model.loss(trajectories.batch(config.batch, config.context), tokens, config.lang_coef)
         optimizer.zero_grad()
         loss.backward()
@@ -815,9 +817,7 @@ def minari_folder(name):
 def configure(arguments):
     """Command line -> Config with nothing left open but the targets of an unknown task, and a notice or None.
 
-    What was given goes before the method's preset, that before the demo's settings, those before the
-    defaults. What was named is never replaced. What was not comes from demo/ when it is neither cached nor can
-    be fetched; then the notice says so.
+    What was given goes before the method's preset, that before the demo's settings, those before the defaults.
     """
     given = parse(arguments)
     chosen = METHODS[given.get("method", "lamo")] | given
@@ -825,40 +825,54 @@ def configure(arguments):
     check(config)
     if "data" in given and "env" not in given:
         config = replace(config, env=None)  # the dataset knows
-    task = TASKS.get(config.env)
-
-    wanted = {}  # what the paper used, whether it is cached, what the demo has
-    if "lm" not in chosen:
-        wanted["lm"] = "gpt2", in_hub_cache("model.safetensors", repo_id="gpt2"), "demo/gpt2-tiny"
-    if "data" not in chosen:
-        wanted["data"] = task.data, minari_folder(task.data).is_dir(), f"demo/lamo/{config.env}/demo-v0"
-    if "text" not in chosen and config.lang_coef > 0:
-        wanted["text"] = "wikitext", all(in_hub_cache(name, **WIKITEXT) for name in WIKITEXT_FILES), "pydoc"
-    if config.offline:
-        constants.HF_HUB_OFFLINE = True  # huggingface_hub's own switch
-    missing = [name for name, (_, cached, _) in wanted.items() if config.offline or not (cached or hub_reachable())]
-    why = "--offline" if config.offline else "the Hugging Face hub cannot be reached"
-    for name, (paper, _, demo) in wanted.items():
-        if name in missing and demo != "pydoc" and not folder(demo):
-            raise InputError(f"{paper} cannot be fetched ({why}), and there is no {demo}; name one with --{name}")
-        config = replace(config, **{name: demo if name in missing else paper})
-    notice = None
-    if missing:
-        what = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
-        notice = f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER ({why}): {what}, and smaller settings"
-        config = replace(config, **{name: value for name, value in DEMO_SETTINGS.items() if name not in chosen})
-    elif config.data == "demo/lamo/reacher2d/demo-v0":
-        notice = f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER (its data is not published): data {config.data}"
-
-    if task:
+    config, notice = choose_assets(config, chosen)
+    if config.lm == "none" and config.width % config.heads:
+        raise InputError(f"--width {config.width} is not a multiple of --heads {config.heads}; change one of them")
+    if config.env:
+        task = TASKS[config.env]
         config = replace(config, targets=config.targets or task.targets, context=config.context or task.context)
     config = replace(config, context=config.context or 20)
     if config.out is None:
         name = config.env or config.data.strip("/").replace("/", "-")
         stem = f"runs/{name}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' if notice else ''}"
-        number = next(i for i in itertools.count(1) if not Path(f"{stem}{f'-{i}' * (i > 1)}").exists())
-        config = replace(config, out=f"{stem}{f'-{number}' * (number > 1)}")
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        config = replace(config, out=next(name for name in names if not Path(name).exists()))
     return config, notice
+
+
+def choose_assets(config, chosen):
+    """Config with language model, dataset and text, and a notice if some come from demo/, or None.
+
+    What was chosen is never replaced. The rest is what the paper used, or the demo's where that is neither cached
+    nor can be fetched, with settings for a small machine.
+    """
+    if config.lang_coef == 0:
+        config = replace(config, text=None)
+    wanted = {}  # what the paper used, whether it is cached, what the demo has
+    if "lm" not in chosen:
+        files = "config.json", "model.safetensors", "tokenizer.json"
+        wanted["lm"] = "gpt2", all(in_hub_cache(name, repo_id="gpt2") for name in files), "demo/gpt2-tiny"
+    if "data" not in chosen:
+        data = TASKS[config.env].data
+        wanted["data"] = data, bool(folder(data)) or minari_folder(data).is_dir(), f"demo/lamo/{config.env}/demo-v0"
+    if "text" not in chosen and config.lang_coef > 0:
+        wanted["text"] = "wikitext", all(in_hub_cache(name, **WIKITEXT) for name in WIKITEXT_FILES), "pydoc"
+    if config.offline:
+        constants.HF_HUB_OFFLINE = True  # huggingface_hub's own switch
+    why = "--offline" if config.offline else "the Hugging Face hub cannot be reached"
+    missing = [name for name, (_, cached, _) in wanted.items() if config.offline or not (cached or hub_reachable())]
+    for name, (paper, _, demo) in wanted.items():
+        if name in missing and demo != "pydoc" and not folder(demo):
+            raise InputError(f"{paper} cannot be fetched ({why}), and there is no {demo}; name one with --{name}")
+        config = replace(config, **{name: demo if name in missing else paper})
+    if missing:
+        what = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
+        settings = {name: value for name, value in DEMO_SETTINGS.items() if name not in chosen}
+        notice = f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER ({why}): {what}, and smaller settings"
+        return replace(config, **settings), notice
+    if config.data.startswith("demo/"):
+        return config, f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER: data {config.data}"
+    return config, None
 
 
 def parse(arguments):
@@ -872,7 +886,7 @@ def parse(arguments):
             how = {"action": argparse.BooleanOptionalAction}
         elif item.name == "targets":
             how = {"type": float, "nargs": "+"}
-        default = "" if item.default in (None, False) else f" (default {item.default})"
+        default = "" if item.default is None or item.default is False else f" (default {item.default})"
         parser.add_argument(f"--{item.name.replace('_', '-')}", help=item.metadata["help"] + default, **how)
     given = vars(parser.parse_args(arguments))
     return given | ({"targets": tuple(given["targets"])} if "targets" in given else {})
@@ -889,8 +903,6 @@ def check(config):
         raise InputError(f"unknown --env {config.env}; choose one of {', '.join(TASKS)}, or give a dataset with --data")
     if config.ratio == 0:
         raise InputError("--ratio 0 keeps no trajectory; 0.1 trains on a tenth of them")
-    if config.width % config.heads:
-        raise InputError(f"--width {config.width} is not a multiple of --heads {config.heads}; change one of them")
     if config.train_trunk and config.lora_rank > 0:
         raise InputError("--train-trunk trains every weight, so LoRA has nothing to adapt; add --lora-rank 0")
 
@@ -976,7 +988,7 @@ def run(arguments):
     if notice:
         print(notice, flush=True)
     out = Path(config.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"--out {out} is there already; choose another folder, nothing is overwritten")
     device = pick_device(config.device)
     if device.type == "cuda":
@@ -988,15 +1000,19 @@ def run(arguments):
     spec, action_space = environment(dataset, task.env_id if task else None)
     trajectories = Trajectories.from_minari(dataset, config.ratio, config.seed, config.delayed, device)
     returns, best = trajectories.returns, float(trajectories.returns.max())
-    config = replace(config, targets=config.targets or (best, best / 2 if best > 0 else 2 * best))
+    half = best / 2 if best > 0 else 2 * best  # of a negative return, half as good is more
+    config = replace(config, targets=config.targets or tuple(dict.fromkeys((best, half))))
     return_scale = task.return_scale if task else 10.0 ** round(math.log10(max(abs(returns).max(), 1e-3)))
     (low, high), reference_source = references(dataset, task and task.reference)
 
-    tokenizer = load_tokenizer(config) if config.text is not None else None
-    gpt2 = build_gpt2(config, *((len(tokenizer), config.text_block) if tokenizer else (0, 0)))
-    if tokenizer and len(tokenizer) > gpt2.config.vocab_size:
-        raise InputError(f"the tokenizer of --lm {config.lm} has more tokens than the model; take the model's own")
-    text = tokenizer and load_text(config.text, tokenizer, min(config.text_block, gpt2.config.n_positions), config.seed)
+    if config.text is None:
+        text, gpt2 = None, build_gpt2(config, 0, 0)
+    else:
+        tokenizer = load_tokenizer(config)
+        gpt2 = build_gpt2(config, len(tokenizer), config.text_block)
+        if len(tokenizer) > gpt2.config.vocab_size:
+            raise InputError(f"the tokenizer of --lm {config.lm} has more tokens than the model; take the model's own")
+        text = load_text(config.text, tokenizer, min(config.text_block, gpt2.config.n_positions), config.seed)
     max_timesteps = max(trajectories.longest, spec.max_episode_steps or 0)
     model = LaMo(
         gpt2, action_space.low, action_space.high, max_timesteps, config.context, return_scale, config.embed,
@@ -1020,7 +1036,8 @@ def run(arguments):
         warn_if_slow(model, trajectories, config)
     with explained(f"cannot make the folder {out}; choose another one with --out"):
         out.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(out).free < 10 * facts["trainable"]:  # 4 bytes each, once more while it is replaced
+        saved = facts["parameters" if config.lm == "none" else "trainable"]
+        if shutil.disk_usage(out).free < 10 * saved:  # 4 bytes each, once more while it is replaced
             raise InputError(
                 f"the disk of {out} is too full for a checkpoint; free some space, or choose another --out"
             )

@@ -585,8 +585,8 @@ def test_eval_command_and_video(trained, tmp_path):
     from PIL import Image
 
     with Image.open(video) as image:
-        assert image.n_frames > 2
-        image.seek(2)
+        assert image.n_frames > 1
+        image.seek(image.n_frames - 1)
         later = np.asarray(image.convert("RGB")).astype(int)
         image.seek(0)
         assert np.abs(np.asarray(image.convert("RGB")).astype(int) - later).max() > 30  # it moves
@@ -725,14 +725,9 @@ def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "env_id, action_range, kwargs",
-    [
-        ("Pusher-v5", 2.0, {}),
-        ("InvertedPendulum-v5", 3.0, {}),
-        ("eval:lamo/Reacher2d-v0", 1.0, {"reacher2d": True}),
-    ],
+    "env_id, action_range", [("Pusher-v5", 2.0), ("InvertedPendulum-v5", 3.0), ("eval:lamo/Reacher2d-v0", 1.0)]
 )
-def test_any_dataset_brings_its_environment(env_id, action_range, kwargs, tmp_path, lm_folder, monkeypatch):
+def test_any_dataset_brings_its_environment(env_id, action_range, tmp_path, lm_folder, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     env, episodes = gym.make(env_id), []
@@ -762,7 +757,7 @@ def test_any_dataset_brings_its_environment(env_id, action_range, kwargs, tmp_pa
     dataset = minari.MinariDataset(tmp_path / "minari" / "test" / "any-v0" / "data")
     best = Trajectories.from_minari(dataset, 0.5, 0).returns.max()
     half = best / 2 if best > 0 else 2 * best  # of a negative return, half is more
-    assert config.targets == pytest.approx((best, half)) and config.context == 20
+    assert config.targets == pytest.approx((best, half) if best else (0,)) and config.context == 20
     assert "plain return" in facts["reference_source"]
     scores = json.loads((out / "scores.json").read_text())
     assert scores["best"]["score"] == pytest.approx(scores["best"]["return_mean"])
@@ -780,35 +775,53 @@ def test_tasks_are_the_papers():
         assert 1 <= max(task.targets) / task.return_scale <= 12
 
 
-@pytest.mark.parametrize("name", ["hopper", "halfcheetah", "walker2d", "reacher2d"])
-def test_demo_datasets_are_whole(name):
+@pytest.mark.parametrize("name", lamo.TASKS)
+def test_every_task_runs_on_the_demo(name, tmp_path, lm_folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    task, out = lamo.TASKS[name], tmp_path / "run"
+    short = ["--ratio", "0.1", "--steps", "2", "--batch", "4", "--text-block", "32", "--episodes", "1"]
+    lamo.run(["--env", name, "--offline", "--lm", str(lm_folder), *short, "--targets", "1", "--out", str(out)])
+    policy, config, facts = lamo.load(out)
+    spec = evaluation.EnvSpec.from_json(facts["env_spec"])
+    assert spec.id == task.env_id.split(":")[-1] and config.data == f"demo/lamo/{name}/demo-v0"
+    assert config.context == task.context and facts["return_scale"] == task.return_scale
+    env = gym.make(spec)
+    assert policy.action_center.shape == env.action_space.shape
+    scores = json.loads((out / "scores.json").read_text())["best"]
+    assert 1 <= scores["length_mean"] <= spec.max_episode_steps and math.isfinite(scores["return_mean"])
+
+
+@pytest.mark.parametrize(
+    "name, steps, mean, best",
+    [
+        ("hopper", 100_000, (1000, 1800), 3000),
+        ("halfcheetah", 50_000, (2000, 5000), 4000),
+        ("walker2d", 50_000, (1000, 4000), 2500),
+        ("reacher2d", 10_000, (20, 60), 80),
+        ("kitchen-complete", 3_000, (3, 4), 3.5),
+        ("kitchen-partial", 3_000, (1, 4), 2.5),
+        ("kitchen-mixed", 3_000, (1, 3), 2.5),
+    ],
+)
+def test_demo_datasets_are_whole(name, steps, mean, best):
     folder = HERE / "demo" / "lamo" / name / "demo-v0"
     dataset = minari.MinariDataset(folder / "data")
     assert dataset.id == f"lamo/{name}/demo-v0" and dataset.observation_space.dtype == np.float32
     returns = np.array([episode.rewards.sum() for episode in dataset])
-    steps = {"hopper": 100_000, "halfcheetah": 50_000, "walker2d": 50_000, "reacher2d": 10_000}[name]
-    mean, best = {"hopper": (1000, 3000), "halfcheetah": (2000, 4000), "walker2d": (1000, 2500), "reacher2d": (20, 80)}[
-        name
-    ]
-    assert steps <= dataset.total_steps < steps + 1000 and returns.mean() > mean and returns.max() > best
-    assert name != "hopper" or returns.mean() < 1800
-    assert returns.std() > 0.2 * returns.mean()
+    assert steps <= dataset.total_steps < steps + 1000
+    assert mean[0] < returns.mean() < mean[1] and returns.max() > best and returns.std() > 0.1 * returns.mean()
     metadata = dataset.storage.metadata
     assert metadata["ref_min_score"] < returns.mean() < metadata["ref_max_score"]
     env, episode = dataset.recover_environment(), dataset[0]
-    env.reset(seed=0)
-    scale = np.abs(episode.observations).max()
-    state = env.unwrapped.data  # the first transition, simulated again, is the one on file
-    if name in ("hopper", "halfcheetah", "walker2d"):
-        half = len(state.qpos) - 1
-        qpos, qvel = np.append(0.0, episode.observations[0, :half]), episode.observations[0, half:]
-        env.unwrapped.set_state(qpos, qvel)
-        observation, reward, *_ = env.step(episode.actions[0])
-        np.testing.assert_allclose(observation, episode.observations[1], atol=1e-3 * scale)
-        assert reward == pytest.approx(episode.rewards[0], abs=1e-3)
+    observation, _ = env.reset(seed=0)  # the first steps, simulated again, are those on file
+    for t in range(3):
+        seen, scale = evaluation.observed(observation), np.abs(episode.observations).max()
+        np.testing.assert_allclose(seen, episode.observations[t], atol=1e-3 * scale)
+        observation, reward, *_ = env.step(episode.actions[t])
+        assert reward == pytest.approx(episode.rewards[t], abs=1e-3)
 
 
-@pytest.mark.parametrize("name, steps", [("hopper", 300), ("reacher2d", 300)])
+@pytest.mark.parametrize("name, steps", [("hopper", 300), ("reacher2d", 300), ("kitchen-mixed", 100)])
 def test_demo_data_can_be_made_anew(name, steps, tmp_path):
     result = command("demo/make.py", "--only", name, "--steps", steps, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -816,7 +829,7 @@ def test_demo_data_can_be_made_anew(name, steps, tmp_path):
                      "--method", "dt", "--out", tmp_path / "run")  # fmt: skip
     assert result.returncode == 0, result.stderr
     listed = subprocess.run(
-        ["minari", "show", f"lamo/{name}/demo-v0"], capture_output=True, text=True,
+        [sys.executable, "-m", "minari.cli", "show", f"lamo/{name}/demo-v0"], capture_output=True, text=True,
         env=os.environ | {"MINARI_DATASETS_PATH": str(tmp_path)},
     )  # fmt: skip
     assert "demo" in listed.stdout
@@ -833,6 +846,17 @@ def empty_caches(tmp_path):
         "MINARI_DATASETS_PATH": str(tmp_path / "minari"),
         "XDG_CACHE_HOME": str(tmp_path),
     }
+
+
+def test_text_is_left_alone_without_a_language_loss():
+    config, _ = lamo.configure(["--offline", "--lang-coef", "0", "--text", "any.txt"])
+    assert config.text is None
+
+
+def test_named_demo_data_is_called_the_demo(tmp_path):
+    config, notice = lamo.configure(["--method", "dt", "--data", "demo/lamo/hopper/demo-v0"])
+    assert "DEMO ASSETS" in notice and "-demo" in config.out
+    assert config.steps == 100_000  # nothing was missing, so the settings are the paper's
 
 
 def test_defaults_fall_back_loudly(tmp_path):
@@ -929,6 +953,9 @@ def write_dataset(monkeypatch, root, action_space=None, nan=False, S=11):
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--train-trunk"], "--lora-rank 0"),
         (["--steps", "0"], "--steps 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--grad-clip", "0"], "--grad-clip 0"),
+        (["--lm", "none", "--heads", "12"], "--width 128 is not a multiple of --heads 12"),  # the demo's width
         (["--steps", "ten"], "invalid int value"),
         (["--nonsense"], "--nonsense"),
         (["--method", "bc"], "bc"),
@@ -1008,7 +1035,9 @@ def test_bad_checkpoints_are_refused(tmp_path, trained):
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    for script, arguments in (("lamo.py", ["--env", "humanoid"]), ("eval.py", [tmp_path / "none"])):
+    for script, *arguments in (
+        ("lamo.py", "--env", "humanoid"), ("eval.py", tmp_path / "none"), ("eval.py", tmp_path, "--seed", -1)
+    ):  # fmt: skip
         result = command(script, *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert result.stderr.startswith(f"{script}: error: ")

@@ -361,21 +361,20 @@ def collect(env, policies, shares, steps, seed):
         policy = policies[turn]
         observation, _ = env.reset(seed=seed + len(episodes))
         policy.reset()
-        observations, actions, rewards, terminations, truncations = [], [], [], [], []
+        observations, actions, rewards = [observed(observation).astype(np.float32)], [], []
+        terminations, truncations = [], []
         while not actions or not (terminations[-1] or truncations[-1]):
-            observations.append(observed(observation).astype(np.float32))
             action = policy.act(observation)
             if action is None:  # nothing is left to do
                 truncations[-1] = True
                 break
             action = np.clip(action, env.action_space.low, env.action_space.high).astype(np.float32)
             observation, reward, terminated, truncated, _ = env.step(action)
+            observations.append(observed(observation).astype(np.float32))
             actions.append(action)
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
-        else:
-            observations.append(observed(observation).astype(np.float32))
         episodes.append(
             EpisodeBuffer(
                 id=len(episodes),
