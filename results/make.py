@@ -1,6 +1,6 @@
 """Runs what the README's table shows and draws it: every task of the demo, LaMo and DT, three seeds.
 
-    python results/make.py            # about two hours on two CPU cores; goes on where it stopped
+    python results/make.py            # about an hour and a half on two CPU cores; goes on where it stopped
     python results/make.py --only dt  # the runs of one method
 
 Writes results/table.md, results/returns.png (needs matplotlib) and, as they were printed, results/scores.json.
