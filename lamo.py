@@ -1034,13 +1034,12 @@ def run(arguments):
     print(f"run     {config.steps:,} steps on {device}, into {out}", flush=True)
     if device.type == "cpu":
         warn_if_slow(model, trajectories, config)
+    parent = next(path for path in out.absolute().parents if path.exists())
+    saved = facts["parameters" if config.lm == "none" else "trainable"]
+    if shutil.disk_usage(parent).free < 10 * saved:  # 4 bytes each, once more while it is replaced
+        raise InputError(f"the disk of {out} is too full for a checkpoint; free some space, or choose another --out")
     with explained(f"cannot make the folder {out}; choose another one with --out"):
         out.mkdir(parents=True, exist_ok=True)
-        saved = facts["parameters" if config.lm == "none" else "trainable"]
-        if shutil.disk_usage(out).free < 10 * saved:  # 4 bytes each, once more while it is replaced
-            raise InputError(
-                f"the disk of {out} is too full for a checkpoint; free some space, or choose another --out"
-            )
     write_whole(out / "config.json", lambda file: file.write_text(json.dumps(asdict(config) | facts, indent=2) + "\n"))
 
     lines, scores = [], {}

@@ -1049,6 +1049,7 @@ def test_full_disk_is_noticed_before_training(tmp_path, monkeypatch, lm_folder):
     monkeypatch.setattr(lamo.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="too full"):
         lamo.run([*SHORT, "--lm", str(lm_folder), "--text-block", "32", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_full_disk_loses_nothing(tmp_path):
