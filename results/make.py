@@ -10,6 +10,7 @@ Two runs go on at a time with one thread each, so their seconds are not the READ
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ def train(job):
     (env, ratio, options), method, seed = job
     folder = HERE / "runs" / f"{env}-{ratio}{options[1:]}-{method}-{seed}"
     if not (folder / "scores.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         command = (
             f"lamo.py --env {env} --ratio {ratio} {options} --method {method} --seed {seed} --offline --out {folder}"
         )
