@@ -809,9 +809,12 @@ def folder(name):
     return next((path for path in (Path(name), Path(__file__).resolve().parent / name) if path.is_dir()), None)
 
 
-def minari_folder(name):
-    """Where Minari keeps a dataset on this machine; Minari's own function would make the folder."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name / "data"
+def dataset_folder(name):
+    """A folder of this name, or where Minari keeps the dataset; Minari's own function would make that folder."""
+    return (
+        folder(name)
+        or Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name / "data"
+    )
 
 
 def configure(arguments):
@@ -854,7 +857,7 @@ def choose_assets(config, chosen):
         wanted["lm"] = "gpt2", all(in_hub_cache(name, repo_id="gpt2") for name in files), "demo/gpt2-tiny"
     if "data" not in chosen:
         data = TASKS[config.env].data
-        wanted["data"] = data, bool(folder(data)) or minari_folder(data).is_dir(), f"demo/lamo/{config.env}/demo-v0"
+        wanted["data"] = data, dataset_folder(data).is_dir(), f"demo/lamo/{config.env}/demo-v0"
     if "text" not in chosen and config.lang_coef > 0:
         wanted["text"] = "wikitext", all(in_hub_cache(name, **WIKITEXT) for name in WIKITEXT_FILES), "pydoc"
     if config.offline:
@@ -914,7 +917,7 @@ def load_dataset(name):
         InputError: it cannot be had, or not be read.
     """
     with explained(f"cannot get the dataset {name}; `minari list remote` lists what there is"):
-        path = folder(name) or minari_folder(name)
+        path = dataset_folder(name)
         if not path.is_dir() and hub_reachable():
             minari.download_dataset(name)
     if not path.is_dir():

@@ -6,8 +6,8 @@
 
 Locomotion policies are trained by PPO (Schulman et al. 2017, arXiv 1707.06347). The best of its snapshots collects
 half of the steps and all of them share the other half, with some of their exploration noise, so that returns vary as
-they do in D4RL's medium-expert sets. The arm of reacher2d is driven by a controller whose skill differs from episode to episode, the one
-in the kitchen by a script that does the subtasks of D4RL's sets one after the other.
+they do in D4RL's medium-expert sets. The arm of reacher2d is driven by a controller whose skill differs from episode
+to episode, the one in the kitchen by a script that does the subtasks of D4RL's sets one after the other.
 The language model is pre-trained on the documentation and docstrings of the Python installation that runs this.
 
 Work in progress is kept in demo/build, and a later call goes on from there.
@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -51,24 +52,16 @@ class Task:
     attempts: tuple[int, int] = (4, 4)  # how many of them an episode attempts, at least and at most
 
 
+kitchen = partial(Task, "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0))
 TASKS = {
     "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000),
     "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000, noise=1.5),
     "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000, noise=1.5),
     "reacher2d": Task("eval:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
-    "kitchen-complete": Task(
-        "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0),
-        subtasks=("microwave", "kettle", "light switch", "slide cabinet"),
-    ),
-    "kitchen-partial": Task(
-        "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0),
-        subtasks=("microwave", "kettle", "light switch", "slide cabinet"), attempts=(2, 4),
-    ),
-    "kitchen-mixed": Task(
-        "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0),
-        subtasks=("microwave", "kettle", "bottom burner", "light switch"), attempts=(2, 3),
-    ),
-}  # fmt: skip
+    "kitchen-complete": kitchen(subtasks=("microwave", "kettle", "light switch", "slide cabinet")),
+    "kitchen-partial": kitchen(subtasks=("microwave", "kettle", "light switch", "slide cabinet"), attempts=(2, 4)),
+    "kitchen-mixed": kitchen(subtasks=("microwave", "kettle", "bottom burner", "light switch"), attempts=(2, 3)),
+}
 
 # -------------------------------------------------------------------------------- PPO
 

@@ -114,9 +114,9 @@ def main():
         digits = 0 if row["dataset"] > 10 else 2
         cells = [f"{np.mean(row[method]):.{digits}f} ± {np.std(row[method]):.{digits}f}" for method in METHODS]
         seeds = [", ".join(f"{value:.{digits}f}" for value in row[method]) for method in METHODS]
-        task = f"{row['env']} {row['options']}".strip()
+        name = f"{row['env']} {row['options']}".strip()
         mean = f"{row['dataset']:.{digits}f}"
-        lines.append(f"| {task} | {float(row['ratio']):.0%} | {' | '.join([mean, *cells, *seeds])} |")
+        lines.append(f"| {name} | {float(row['ratio']):.0%} | {' | '.join([mean, *cells, *seeds])} |")
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     draw(rows, HERE / "returns.png")
