@@ -1,215 +1,201 @@
-"""Rolls a return-conditioned policy out in Gymnasium, all targets and episodes at once, and scores it.
+"""Rolls a return-conditioned policy out in Gymnasium environments and scores it.
 
-python eval.py runs/hopper-lamo-0.1-0                         # evaluate a checkpoint again
-python eval.py runs/hopper-lamo-0.1-0 --targets 3600 --episodes 50
-python eval.py runs/hopper-lamo-0.1-0 --video hopper.gif      # render one episode, without a screen
+    python eval.py runs/hopper-lamo-0.1-0                                  # evaluate a checkpoint again
+    python eval.py runs/hopper-lamo-0.1-0 --targets 3600 --episodes 50
+    python eval.py runs/hopper-lamo-0.1-0 --video hopper.gif               # and render one episode, without a screen
+
+This file knows a policy and the spec of an environment, nothing else: neither datasets nor how the policy was trained.
 """
 
 import argparse
 import os
 import sys
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
+from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
-VIDEO_FPS = 25
-KITCHEN = {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}  # as in D4RL: a subtask pays once
+ALIVE = 20  # environments at a time: those of the kitchen take 90 MB each
+ROWS = 20  # histories for which the policy computes actions at a time
 
 
-class InputError(ValueError):
-    """Something the user can mend; the message is one line that says what is wrong and what to do."""
+class Reacher2d(MujocoEnv):
+    """The paper's sparse task, as in the authors' code: bring the fingertip of a two-link arm to a goal, and stay there.
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that reports what it does not understand as an InputError."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the options")
-
-
-@contextmanager
-def explained(advice):
-    """Turn whatever goes wrong inside into an InputError: the advice, and the first line of the cause."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # the libraries around us raise many kinds
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{advice} ({cause})") from error
-
-
-def pick_device(name):
-    """torch.device of a --device; "auto" is CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"--device {name} cannot be used here; leave it out, or give cpu"):
-        return torch.empty(0, device=name).device
-
-
-class Reacher2d(ReacherEnv):
-    """The paper's sparse task: Reacher-v5's two-link arm, reward 1 in each step that ends on the target.
-
-    On the target: the fingertip is within a tenth of the arm's length (0.1 m and 0.11 m) of it. 100 steps.
+    Observation (12,): sin and cos of both angles, 0.15 * angular velocities, x and y of the fingertip, of the goal, and
+    of the fingertip minus the goal. Action (2,): torques in [-1, 1]. Reward 1 in each step that ends with
+    |dx| + |dy| < 0.1 m between fingertip and goal, else 0. An episode has 100 steps of 0.15 s.
     """
 
-    ARM_LENGTH = 0.1 + 0.11  # metres, from Gymnasium's reacher.xml
+    metadata = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 7}
 
-    def _get_rew(self, action):
-        distance = np.linalg.norm(self.get_body_com("fingertip") - self.get_body_com("target"))
-        return float(distance < 0.1 * self.ARM_LENGTH), {"distance": distance}
+    def __init__(self, **kwargs):
+        model = Path(__file__).resolve().parent / "demo" / "reacher2d.xml"
+        space = gym.spaces.Box(-np.inf, np.inf, (12,), np.float64)
+        super().__init__(str(model), frame_skip=15, observation_space=space, camera_name="top", **kwargs)
+
+    def step(self, action):
+        self.do_simulation(np.clip(action, -1, 1), self.frame_skip)
+        observation = self._observation()
+        if self.render_mode == "human":
+            self.render()
+        return observation, float(np.abs(observation[-2:]).sum() < 0.1), False, False, {}
+
+    def reset_model(self):
+        angles = self.np_random.uniform(-2, 2, size=2)
+        goal = np.zeros(2)
+        while not 0.5 <= np.linalg.norm(goal) <= 1:
+            goal = self.np_random.uniform(-1.5, 1.5, size=2)
+        self.model.body("goal").pos[:2] = goal
+        self.set_state(angles, np.zeros(2))
+        return self._observation()
+
+    def _observation(self):
+        angles, tip, goal = self.data.qpos, self.data.site("fingertip").xpos[:2], self.data.body("goal").xpos[:2]
+        return np.concatenate([np.sin(angles), np.cos(angles), self.dt * self.data.qvel, tip, goal, tip - goal])
 
 
-if "lamo/Reacher2d-v0" not in gym.registry:  # `python eval.py` passes here twice
+if "lamo/Reacher2d-v0" not in gym.registry:  # `python eval.py` runs this file twice: as a script, and for lamo.py
     gym.register("lamo/Reacher2d-v0", entry_point="eval:Reacher2d", max_episode_steps=100)
 
 
-def environment(dataset, env_id=None):
-    """Where a policy trained on a MinariDataset is evaluated: its EnvSpec and its action space.
+def vector(observation):
+    """What the policy sees of an observation, or of a space: its entry `observation` if it is a dict, else all of it."""
+    return observation["observation"] if isinstance(observation, (dict, gym.spaces.Dict)) else observation
 
-    That is the dataset's own evaluation environment, unless `env_id` names another one.
+
+class Environments:
+    """Copies of an environment, made when first needed, stepped by as many threads as there are CPU cores.
+
+    Threads run at the same time because MuJoCo releases Python's interpreter lock while it simulates.
 
     Raises:
-        InputError: it cannot be made, its spaces are no vectors of real numbers, or the dataset's do not fit.
+        ValueError: observations or actions are no vectors of real numbers, or actions have no bounds.
     """
-    if dataset.env_spec is None and env_id is None:
-        raise InputError(f"the dataset {dataset.id} does not say what environment it is of; name one with --env")
-    with explained("cannot make the environment of the dataset; install what it needs, or name one with --env"):
-        own = dataset.env_spec and (env_id is None or env_id.split(":")[-1] == dataset.env_spec.id)
-        env_id = dataset.env_spec.id if own else env_id
-        kwargs = KITCHEN if "FrankaKitchen" in env_id else {}
-        env = dataset.recover_environment(eval_env=True, **kwargs) if own else gym.make(env_id, **kwargs)
-    for kind in ("observation_space", "action_space"):
-        recorded, space = observed(getattr(dataset, kind)), observed(getattr(env, kind))
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise InputError(f"{env.spec.id} has the {kind} {space}; LaMo needs flat vectors of real numbers (Box)")
-        if kind == "action_space" and not np.isfinite([space.low, space.high]).all():
-            raise InputError(f"{env.spec.id} has actions without bounds; wrap it in gymnasium.wrappers.RescaleAction")
-        if recorded.shape != space.shape:
-            raise InputError(
-                f"the dataset {dataset.id} has an {kind} of shape {recorded.shape}, {env.spec.id} one of {space.shape}; "
-                "choose the --env that it was recorded in"
-            )
-    env.close()
-    return env.spec, env.action_space
 
+    def __init__(self, spec, alive=ALIVE, render_mode=None):
+        self.spec, self.alive, self.render_mode = spec, alive, render_mode
+        self.envs = []
+        self.threads = ThreadPoolExecutor(os.cpu_count())
+        self.make(1)
+        self.observation_space, self.action_space = vector(self.envs[0].observation_space), self.envs[0].action_space
+        for space in (self.observation_space, self.action_space):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                raise ValueError(f"{spec.id} has {space}; LaMo needs vectors of real numbers (Box)")
+        if not np.isfinite([self.action_space.low, self.action_space.high]).all():
+            raise ValueError(f"{spec.id} has actions without bounds; wrap it in gymnasium.wrappers.RescaleAction")
 
-def recorded_rewards(dataset, episode):
-    """The rewards (T,) of a recorded episode: as they are, but for Kitchen's, which pay for each subtask in every step.
+    def make(self, count):
+        """Up to `count` environments, at most `alive`."""
+        while len(self.envs) < min(count, self.alive):
+            self.envs.append(gym.make(self.spec, render_mode=self.render_mode, disable_env_checker=True))
+        return self.envs[:count]
 
-    There 1 for each subtask in the step that first completes it is what D4RL scores, and what KITCHEN makes the
-    environment pay.
-    """
-    if not dataset.env_spec or dataset.env_spec.kwargs.get("remove_task_when_completed", True):
-        return episode.rewards
-    achieved, desired = (episode.observations[name] for name in ("achieved_goal", "desired_goal"))
-    distances = [np.linalg.norm(achieved[task][1:] - desired[task][1:], axis=-1) for task in desired]
-    completed = np.maximum.accumulate(np.array(distances) < 0.3, axis=1)  # (subtasks, T); gymnasium_robotics' threshold
-    return np.diff(completed.sum(axis=0), prepend=0)
-
-
-def references(dataset, d4rl=None):
-    """Returns that score 0 and 100, and in words where they are from: the dataset, else D4RL, else none are known."""
-    known = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
-    if None not in known:
-        return known, "0 to 100 between the dataset's own reference returns"
-    if d4rl:
-        return d4rl, "0 to 100 between D4RL's reference returns"
-    return [0, 100], "the plain return, no reference returns are known"
-
-
-def observed(observation):
-    """What the policy sees of an observation, or of its space: the `observation` entry of a dict, or all of it."""
-    if not isinstance(observation, (dict, gym.spaces.Dict)):
-        return observation
-    if "observation" not in observation.keys():
-        raise InputError(
-            f"the observations are {', '.join(observation.keys())}; LaMo reads a vector or the entry `observation`"
-        )
-    return observation["observation"]
-
-
-def video_stride(metadata):
-    """Steps of an environment from one frame of its video to the next."""
-    return max(1, round(metadata.get("render_fps", VIDEO_FPS) / VIDEO_FPS))
+    def each(self, function, rows, arguments):
+        """[function(environment of the row, argument), ...], computed by all threads."""
+        return list(self.threads.map(lambda row, argument: function(self.envs[row], argument), rows, arguments))
 
 
 @torch.no_grad()
-def rollout(policy, spec, targets, episodes, seed, delayed=False, frames=None):
-    """Run every episode of every target in lockstep, one environment each.
+def rollout(policy, environments, targets, episodes, seed, delayed=False, frames=None, frame_every=1):
+    """Run `episodes` episodes for each target, several at a time: where one ends, the next one starts.
 
     Args:
-        policy: has `context` (K, steps of history), `max_timesteps`, and
-            `act(returns_to_go (N, k), states (N, k, S), actions (N, k, A), timesteps (N, k)) -> (N, A)`
-            for k <= K, in the environment's units; a torch module on the device to use.
-        spec: Gymnasium's EnvSpec, or the id of an environment.
+        policy: a torch module on the device to use, in evaluation mode. It has `context` (K, the steps it sees),
+            `max_timesteps`, and `act(returns_to_go (B, K), states (B, K, S), actions (B, K, A), timesteps (B, K),
+            lengths (B,)) -> (B, A)`, in the environment's units; see LaMo.act.
+        environments: an Environments.
         targets: returns to ask for.
-        episodes: episodes per target; episode i starts from seed + i whatever the target.
-        delayed: rewards are taken to come at the end, so that the return-to-go stays what was asked for.
-        frames: a list that receives pictures (H, W, 3) of the first environment, about VIDEO_FPS per simulated second.
+        seed: episode i starts from the environment's seed `seed + i`, whatever the target.
+        delayed: rewards count at the end of an episode only, so that the return-to-go stays what was asked for.
+        frames: a list that receives a picture (H, W, 3) of the first environment every `frame_every` steps.
     Returns:
         returns, lengths: arrays (targets, episodes).
     """
     device = next(policy.parameters()).device
-    render_mode = None if frames is None else "rgb_array"
-    count = len(targets) * episodes
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: gym.make(spec, render_mode=render_mode, disable_env_checker=True)] * count
-    )  # fmt: skip
-    observation, _ = envs.reset(seed=[seed + episode for _ in targets for episode in range(episodes)])
-    observation = observed(observation)
-    S, A, K, T = observation.shape[1], envs.single_action_space.shape[0], policy.context, policy.max_timesteps
-    low, high = envs.single_action_space.low, envs.single_action_space.high
-    stride = video_stride(envs.metadata)
-    returns_to_go = torch.zeros(count, T + 1, device=device)
-    returns_to_go[:, 0] = torch.tensor(targets, device=device).repeat_interleave(episodes)
-    states = torch.zeros(count, T, S, device=device)
-    actions = torch.zeros(count, T, A, device=device)
-    timesteps = torch.arange(T, device=device).expand(count, T)
-    returns, lengths, running = np.zeros(count), np.zeros(count, dtype=int), np.ones(count, dtype=bool)
-    for t in tqdm(range(T), desc="simulating", leave=False, disable=None):
-        states[:, t] = torch.as_tensor(observation, dtype=torch.float32, device=device)
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)
-        window = slice(max(0, t + 1 - K), t + 1)
-        action = np.zeros((count, A), dtype=envs.single_action_space.dtype)
-        action[running] = policy.act(
-            returns_to_go[rows, window], states[rows, window], actions[rows, window], timesteps[rows, window]
-        ).cpu().numpy()  # fmt: skip
-        action = np.clip(action, low, high)
-        observation, reward, terminated, truncated, _ = envs.step(action)  # an ended one starts anew, unheeded
-        observation = observed(observation)
-        if frames is not None and t % stride == 0:
-            frames.append(envs.render()[0])
-        actions[:, t] = torch.as_tensor(action, device=device)
-        paid = np.zeros(count) if delayed else reward
-        returns_to_go[:, t + 1] = returns_to_go[:, t] - torch.as_tensor(paid, dtype=torch.float32, device=device)
-        returns += reward * running
-        lengths += running
-        running &= ~(terminated | truncated)
-        if not running.any():
-            break
-    envs.close()
-    return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
+    asked = np.repeat(np.asarray(targets, np.float32), episodes)  # of each of the N episodes
+    seeds = [seed + episode for _ in targets for episode in range(episodes)]
+    returns, lengths = np.zeros(len(asked)), np.zeros(len(asked), int)
+    waiting = list(range(len(asked)))[::-1]
+
+    envs = environments.make(len(asked))
+    S, actions_of = environments.observation_space.shape[0], environments.action_space
+    A, low, high = actions_of.shape[0], actions_of.low, actions_of.high
+    # A row for each environment: its episode, that episode's time step, and the last K steps, moved to the left. The
+    # policy always computes ROWS rows, because rounding depends on how many there are: the returns must not.
+    K, B = policy.context, -(-len(envs) // ROWS) * ROWS
+    episode, t = np.full(B, -1), np.zeros(B, int)
+    returns_to_go, timesteps = np.zeros((B, K), np.float32), np.zeros((B, K), np.int64)
+    states, actions = np.zeros((B, K, S), np.float32), np.zeros((B, K, A), np.float32)
+
+    idle = np.arange(len(envs))
+    with tqdm(total=len(asked), desc="simulating", unit="episode", leave=False, disable=None) as progress:
+        while True:
+            starting = idle[: len(waiting)]
+            for row in starting:
+                episode[row], t[row] = waiting.pop(), 0
+                for window in (returns_to_go, states, actions, timesteps):
+                    window[row] = 0
+            resets = environments.each(
+                lambda env, seed: env.reset(seed=seed), starting, [seeds[i] for i in episode[starting]]
+            )
+            for row, (observation, _) in zip(starting, resets):
+                states[row, 0], returns_to_go[row, 0] = vector(observation), asked[episode[row]]
+            running = np.flatnonzero(episode >= 0)
+            if len(running) == 0:
+                return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
+
+            newest = np.minimum(t, K - 1)  # column of the step that needs an action
+            for start in range(0, B, ROWS):
+                rows = slice(start, start + ROWS)
+                if (episode[rows] >= 0).any():
+                    history = returns_to_go[rows], states[rows], actions[rows], timesteps[rows], newest[rows] + 1
+                    action = policy.act(*(torch.as_tensor(part, device=device) for part in history))
+                    actions[np.arange(B)[rows], newest[rows]] = np.clip(action.cpu().numpy(), low, high)
+            acts = actions[running, newest[running]].astype(low.dtype)
+            steps = environments.each(lambda env, action: env.step(action), running, acts)
+            if frames is not None and t[0] % frame_every == 0:
+                frames.append(envs[0].render())
+
+            idle = []
+            for row, (observation, reward, terminated, truncated, _) in zip(running, steps):
+                i, column = episode[row], newest[row]
+                returns[i] += reward
+                lengths[i] += 1
+                t[row] += 1
+                if terminated or truncated or t[row] == policy.max_timesteps:
+                    episode[row] = -1
+                    idle.append(row)
+                    progress.update()
+                    continue
+                following = returns_to_go[row, column] - (0 if delayed else reward)
+                if column == K - 1:  # the oldest step makes room
+                    for window in (returns_to_go, states, actions, timesteps):
+                        window[row, :-1] = window[row, 1:]
+                else:
+                    column += 1
+                states[row, column], returns_to_go[row, column] = vector(observation), following
+                timesteps[row, column] = t[row]
+            idle = np.array(idle, int)
 
 
-def evaluate(policy, spec, targets, episodes, seed, reference, delayed=False):
+def evaluate(policy, environments, targets, episodes, seed, reference, delayed=False):
     """Roll out and summarise.
 
     Args:
-        reference: (low, high) returns that score 0 and 100, as `references` gives them.
+        reference: (low, high) returns that score 0 and 100.
     Returns:
-        {"3600": {"return_mean", "return_std", "score", "length_mean"}, ...} by target; std is over
-        episodes (population), lengths are in steps.
+        {"3600": {"return_mean", "return_std", "score", "length_mean"}, ...} by target; std is over episodes
+        (population), lengths are in steps.
     """
     was_training = policy.training
     policy.eval()
-    returns, lengths = rollout(policy, spec, targets, episodes, seed, delayed)
+    returns, lengths = rollout(policy, environments, targets, episodes, seed, delayed)
     policy.train(was_training)
     low, high = reference
     return {
@@ -224,12 +210,12 @@ def evaluate(policy, spec, targets, episodes, seed, reference, delayed=False):
 
 
 def best_target(scores):
-    """The target with the highest mean return: (name, its row)."""
+    """The target with the highest mean return, and its row of `evaluate`."""
     return max(scores.items(), key=lambda item: item[1]["return_mean"])
 
 
 def format_scores(scores):
-    """The table that is printed: a line per target, the best one marked."""
+    """The table that is printed: a line for each target, the best one marked."""
     best, _ = best_target(scores)
     lines = [f"{'target':>8} {'return':>18} {'score':>8} {'length':>8}"]
     for target, row in scores.items():
@@ -240,70 +226,58 @@ def format_scores(scores):
 
 
 def record(policy, spec, target, seed, path, delayed=False):
-    """Write a video of one episode, rendered without a screen -> (return, length in steps).
-
-    Args:
-        path: .gif or .mp4.
-    Raises:
-        InputError: the environment cannot be rendered here, or the file cannot be written.
-    """
+    """Write a video of one episode, rendered without a screen, to a .gif or .mp4 -> (return, length in steps)."""
     import imageio.v2 as imageio
 
+    environments = Environments(spec, alive=1, render_mode="rgb_array")
+    fps = environments.make(1)[0].metadata.get("render_fps", 25)
+    every = max(1, round(fps / 25))
     frames = []
-    with explained("cannot render here; install EGL or OSMesa and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"):
-        returns, lengths = rollout(policy, spec, [target], 1, seed, delayed, frames)
-    metadata = gym.make(spec).metadata
-    with explained(f"cannot write --video {path}; name another file"):
-        imageio.mimsave(path, frames, fps=metadata.get("render_fps", VIDEO_FPS) / video_stride(metadata))
+    returns, lengths = rollout(policy, environments, [target], 1, seed, delayed, frames, every)
+    imageio.mimsave(path, frames, fps=fps / every)
     return float(returns[0, 0]), int(lengths[0, 0])
 
 
-def run(arguments):
+def main(arguments):
     """Evaluate a checkpoint as the command line says."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", help="folder of a run, as lamo.py wrote it")
+    import lamo
+
+    parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", help="folder of a run of lamo.py")
     parser.add_argument("--targets", type=float, nargs="+", help="returns to ask for (default: the run's)")
     parser.add_argument("--episodes", type=int, help="episodes per target (default: the run's)")
     parser.add_argument("--seed", type=int, help="seed of the first episode (default: the run's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
     parser.add_argument("--video", metavar="FILE", help="render one episode of the best target into a .gif or .mp4")
     options = parser.parse_args(arguments)
     if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
-        raise InputError(f"--video {options.video} is neither .gif nor .mp4; name the file out.gif or out.mp4")
+        parser.error(f"--video {options.video} is neither .gif nor .mp4; name the file out.gif or out.mp4")
     if options.episodes is not None and options.episodes < 1:
-        raise InputError("--episodes must be greater than 0")
+        parser.error(f"--episodes {options.episodes} must be at least 1")
     if options.seed is not None and options.seed < 0:
-        raise InputError("--seed must not be negative")
+        parser.error(f"--seed {options.seed} must be at least 0")
     if options.video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # no screen; read when the renderer is made
-    import lamo
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; read when the renderer is made
 
-    policy, config, facts = lamo.load(options.folder, pick_device(options.device))
-    spec = EnvSpec.from_json(facts["env_spec"])
-    if facts["notice"]:
-        print(facts["notice"])
+    policy, config, header = lamo.load(options.folder, options.device)
+    if header["notice"]:
+        print(header["notice"])
+    spec = EnvSpec.from_json(header["env_spec"])
     targets, episodes = options.targets or config.targets, options.episodes or config.episodes
     seed = config.seed if options.seed is None else options.seed
-    scores = evaluate(policy, spec, targets, episodes, seed, facts["reference"], config.delayed)
-    print(f"{format_scores(scores)}\nscore: {facts['reference_source']}")
+    scores = evaluate(policy, Environments(spec), targets, episodes, seed, header["reference"], config.delayed)
+    print(f"{format_scores(scores)}\nscore: 0 to 100 between {header['reference_source']}")
     if options.video:
         target = float(best_target(scores)[0])
-        total, length = record(policy, spec, target, seed, options.video, config.delayed)
+        with lamo.on_error(f"cannot render {options.video}; try MUJOCO_GL=egl or MUJOCO_GL=osmesa, or another file"):
+            total, length = record(policy, spec, target, seed, options.video, config.delayed)
         print(f"{options.video}: target {target:g}, return {total:.1f}, {length} steps")
 
 
-def command_line(run, script):
-    """Call run(arguments) -> exit code: 0, or 2 after one line that says what is wrong and what to do."""
-    try:
-        run(sys.argv[1:])
-    except InputError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    # As module `eval`, not `__main__`: lamo.py imports the same classes from there.
-    import eval
+    import eval  # the module that lamo.py imports, not this script a second time
+    from lamo import run_command
 
-    sys.exit(eval.command_line(eval.run, "eval.py"))
+    run_command(eval.main)

@@ -34,7 +34,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from eval import KITCHEN, observed  # noqa: E402
+from eval import vector  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -228,21 +228,25 @@ class Snapshot:
 class Reacher:
     """Drives the arm of reacher2d by Jacobian-transpose control, with a strength that varies between episodes."""
 
-    LINKS = 0.1, 0.11  # metres
-
     def __init__(self, rng):
         self.rng = rng
 
     def reset(self):
-        self.strength = self.rng.uniform(0, 1) ** 2
-        self.noise = self.rng.uniform(0, 0.3)
+        self.strength = 10 ** self.rng.uniform(0, 1.5)  # newtons per metre
+        self.damping = self.rng.uniform(0, 1.5)  # newton metres per radian per second
+        self.noise = self.rng.uniform(0, 0.5)
 
     def act(self, observation):
-        cos, sin, velocity, error = observation[0:2], observation[2:4], observation[6:8], observation[8:10]
-        elbow = self.LINKS[0] * np.array([cos[0], sin[0]])
-        tip = elbow + self.LINKS[1] * np.array([cos[0] * cos[1] - sin[0] * sin[1], sin[0] * cos[1] + cos[0] * sin[1]])
-        jacobian = np.array([[-tip[1], -(tip - elbow)[1]], [tip[0], (tip - elbow)[0]]])
-        torque = -100.0 * self.strength * jacobian.T @ error - 0.1 * velocity
+        sin, cos, velocity, tip, error = (
+            observation[0],
+            observation[2],
+            observation[4:6] / 0.15,
+            *observation[[6, 7, 10, 11]].reshape(2, 2),
+        )
+        angle = math.atan2(sin, cos) + 0.785  # of the upper arm, 0.6 m long
+        forearm = tip - 0.6 * np.array([math.cos(angle), math.sin(angle)])
+        jacobian = np.array([[-tip[1], -forearm[1]], [tip[0], forearm[0]]])
+        torque = -self.strength * jacobian.T @ error - self.damping * velocity
         return torque + self.noise * self.rng.standard_normal(2)
 
 
@@ -355,7 +359,7 @@ def collect(env, policies, shares, steps, seed):
         policy = policies[turn]
         observation, _ = env.reset(seed=seed + len(episodes))
         policy.reset()
-        observations, actions, rewards = [observed(observation).astype(np.float32)], [], []
+        observations, actions, rewards = [vector(observation).astype(np.float32)], [], []
         terminations, truncations = [], []
         while not actions or not (terminations[-1] or truncations[-1]):
             action = policy.act(observation)
@@ -364,7 +368,7 @@ def collect(env, policies, shares, steps, seed):
                 break
             action = np.clip(action, env.action_space.low, env.action_space.high).astype(np.float32)
             observation, reward, terminated, truncated, _ = env.step(action)
-            observations.append(observed(observation).astype(np.float32))
+            observations.append(vector(observation).astype(np.float32))
             actions.append(action)
             rewards.append(reward)
             terminations.append(terminated)
@@ -390,7 +394,7 @@ def make_dataset(name, folder, build, steps, seed):
     task = TASKS[name]
     steps = steps or task.dataset_steps
     rng = np.random.default_rng(seed)
-    kwargs = {"tasks_to_complete": list(task.subtasks), **KITCHEN} if task.subtasks else {}
+    kwargs = {"tasks_to_complete": list(task.subtasks)} if task.subtasks else {}
     with gym.make(task.env_id, **kwargs) as env:
         if task.ppo_steps:
             ppo_steps = min(task.ppo_steps, 20 * steps)  # a small dataset comes from a short training
