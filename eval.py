@@ -80,9 +80,8 @@ class Environments:
 
     def __init__(self, spec, alive=ALIVE, render_mode=None):
         self.spec, self.alive, self.render_mode = spec, alive, render_mode
-        self.envs = []
         self.threads = ThreadPoolExecutor(os.cpu_count())
-        self.make(1)
+        self.envs = [self.make()]
         self.observation_space, self.action_space = vector(self.envs[0].observation_space), self.envs[0].action_space
         for space in (self.observation_space, self.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -90,15 +89,27 @@ class Environments:
         if not np.isfinite([self.action_space.low, self.action_space.high]).all():
             raise ValueError(f"{spec.id} has actions without bounds; wrap it in gymnasium.wrappers.RescaleAction")
 
-    def make(self, count):
-        """Up to `count` environments, at most `alive`."""
-        while len(self.envs) < min(count, self.alive):
-            self.envs.append(gym.make(self.spec, render_mode=self.render_mode, disable_env_checker=True))
-        return self.envs[:count]
+    def make(self):
+        return gym.make(self.spec, render_mode=self.render_mode, disable_env_checker=True)
 
-    def each(self, function, rows, arguments):
-        """[function(environment of the row, argument), ...], computed by all threads."""
-        return list(self.threads.map(lambda row, argument: function(self.envs[row], argument), rows, arguments))
+    def reset(self, row, seed):
+        """Start an episode -> (observation (S,), 0, False), as `step` does."""
+        return self._attempt(row, lambda env: (env.reset(seed=seed)[0], 0.0, False, False, {}))
+
+    def step(self, row, action):
+        """Take a step -> (observation (S,), reward, whether the episode has ended); NaN and True where the simulator fails."""
+        return self._attempt(row, lambda env: env.step(action))
+
+    def _attempt(self, row, function):
+        try:
+            observation, reward, terminated, truncated, _ = function(self.envs[row])
+            if np.isnan(vector(observation)).any() or not np.isfinite(reward):
+                raise ArithmeticError("an observation or a reward is not a number")
+            return vector(observation), reward, terminated or truncated
+        except Exception as error:  # the environment may be anybody's
+            tqdm.write(f"an episode of {self.spec.id} failed: {error!r}")
+            self.envs[row] = self.make()
+            return None, np.nan, True
 
 
 @torch.no_grad()
@@ -115,7 +126,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
         delayed: rewards count at the end of an episode only, so that the return-to-go stays what was asked for.
         frames: a list that receives a picture (H, W, 3) of the first environment every `frame_every` steps.
     Returns:
-        returns, lengths: arrays (targets, episodes).
+        returns, lengths: arrays (targets, episodes). The return of an episode in which the simulator failed is NaN.
     """
     device = next(policy.parameters()).device
     asked = np.repeat(np.asarray(targets, np.float32), episodes)  # of each of the N episodes
@@ -123,55 +134,55 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
     returns, lengths = np.zeros(len(asked)), np.zeros(len(asked), int)
     waiting = list(range(len(asked)))[::-1]
 
-    envs = environments.make(len(asked))
-    S, actions_of = environments.observation_space.shape[0], environments.action_space
-    A, low, high = actions_of.shape[0], actions_of.low, actions_of.high
-    # A row for each environment: its episode, that episode's time step, and the last K steps, moved to the left. The
-    # policy always computes ROWS rows, because rounding depends on how many there are: the returns must not.
-    K, B = policy.context, -(-len(envs) // ROWS) * ROWS
+    B = min(len(asked), environments.alive)
+    while len(environments.envs) < B:
+        environments.envs.append(environments.make())
+    K, S, A = policy.context, environments.observation_space.shape[0], environments.action_space.shape[0]
+    low, high = environments.action_space.low, environments.action_space.high
+    # A row for each environment: its episode, that episode's time step, and the last K steps, moved to the left.
     episode, t = np.full(B, -1), np.zeros(B, int)
     returns_to_go, timesteps = np.zeros((B, K), np.float32), np.zeros((B, K), np.int64)
     states, actions = np.zeros((B, K, S), np.float32), np.zeros((B, K, A), np.float32)
 
-    idle = np.arange(len(envs))
     with tqdm(total=len(asked), desc="simulating", unit="episode", leave=False, disable=None) as progress:
-        while True:
-            starting = idle[: len(waiting)]
-            for row in starting:
+
+        def end(row, total):
+            returns[episode[row]], episode[row] = total, -1
+            progress.update()
+
+        while waiting or (episode >= 0).any():
+            idle = np.flatnonzero(episode < 0)[: len(waiting)]
+            for row in idle:
                 episode[row], t[row] = waiting.pop(), 0
                 for window in (returns_to_go, states, actions, timesteps):
                     window[row] = 0
-            resets = environments.each(
-                lambda env, seed: env.reset(seed=seed), starting, [seeds[i] for i in episode[starting]]
-            )
-            for row, (observation, _) in zip(starting, resets):
-                states[row, 0], returns_to_go[row, 0] = vector(observation), asked[episode[row]]
+            starts = environments.threads.map(environments.reset, idle, [seeds[i] for i in episode[idle]])
+            for row, (observation, total, ended) in zip(idle, starts):
+                if ended:
+                    end(row, total)
+                else:
+                    states[row, 0], returns_to_go[row, 0] = observation, asked[episode[row]]
+
             running = np.flatnonzero(episode >= 0)
-            if len(running) == 0:
-                return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
-
             newest = np.minimum(t, K - 1)  # column of the step that needs an action
-            for start in range(0, B, ROWS):
-                rows = slice(start, start + ROWS)
-                if (episode[rows] >= 0).any():
-                    history = returns_to_go[rows], states[rows], actions[rows], timesteps[rows], newest[rows] + 1
-                    action = policy.act(*(torch.as_tensor(part, device=device) for part in history))
-                    actions[np.arange(B)[rows], newest[rows]] = np.clip(action.cpu().numpy(), low, high)
+            for start in range(0, len(running), ROWS):
+                # Always ROWS of them, some twice: rounding depends on how many there are, and the returns must not.
+                rows = np.resize(running[start : start + ROWS], ROWS)
+                history = returns_to_go[rows], states[rows], actions[rows], timesteps[rows], newest[rows] + 1
+                action = policy.act(*(torch.as_tensor(part, device=device) for part in history))
+                actions[rows, newest[rows]] = np.clip(action.cpu().numpy(), low, high)
             acts = actions[running, newest[running]].astype(low.dtype)
-            steps = environments.each(lambda env, action: env.step(action), running, acts)
+            steps = list(environments.threads.map(environments.step, running, acts))
             if frames is not None and t[0] % frame_every == 0:
-                frames.append(envs[0].render())
+                frames.append(environments.envs[0].render())
 
-            idle = []
-            for row, (observation, reward, terminated, truncated, _) in zip(running, steps):
+            for row, (observation, reward, ended) in zip(running, steps):
                 i, column = episode[row], newest[row]
                 returns[i] += reward
                 lengths[i] += 1
                 t[row] += 1
-                if terminated or truncated or t[row] == policy.max_timesteps:
-                    episode[row] = -1
-                    idle.append(row)
-                    progress.update()
+                if ended or t[row] == policy.max_timesteps:
+                    end(row, returns[i])
                     continue
                 following = returns_to_go[row, column] - (0 if delayed else reward)
                 if column == K - 1:  # the oldest step makes room
@@ -179,9 +190,9 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
                         window[row, :-1] = window[row, 1:]
                 else:
                     column += 1
-                states[row, column], returns_to_go[row, column] = vector(observation), following
+                states[row, column], returns_to_go[row, column] = observation, following
                 timesteps[row, column] = t[row]
-            idle = np.array(idle, int)
+    return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
 
 
 def evaluate(policy, environments, targets, episodes, seed, reference, delayed=False):
@@ -190,39 +201,46 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
     Args:
         reference: (low, high) returns that score 0 and 100.
     Returns:
-        {"3600": {"return_mean", "return_std", "score", "length_mean"}, ...} by target; std is over episodes
-        (population), lengths are in steps.
+        {"3600": {"return_mean", "return_std", "return_interval", "score", "length_mean", "failed"}, ...} by target.
+        Returns and scores are of the episodes that did not fail: std is the population's, the interval holds the mean
+        with 95 % confidence (10,000 bootstrap samples). Lengths are in steps, and of all episodes.
     """
     was_training = policy.training
     policy.eval()
     returns, lengths = rollout(policy, environments, targets, episodes, seed, delayed)
     policy.train(was_training)
     low, high = reference
-    return {
-        f"{target:g}": {
-            "return_mean": float(returns[i].mean()),
-            "return_std": float(returns[i].std()),
-            "score": float(100 * (returns[i].mean() - low) / (high - low)),
+    scores = {}
+    for i, target in enumerate(targets):
+        good = np.isfinite(returns[i])
+        sample = returns[i][good] if good.any() else returns[i]  # NaN, where all have failed
+        resampled = np.random.default_rng(0).choice(sample, (10_000, len(sample))).mean(axis=1)
+        scores[f"{target:g}"] = {
+            "return_mean": float(sample.mean()),
+            "return_std": float(sample.std()),
+            "return_interval": np.percentile(resampled, (2.5, 97.5)).tolist(),
+            "score": float(100 * (sample.mean() - low) / (high - low)),
             "length_mean": float(lengths[i].mean()),
+            "failed": int((~good).sum()),
         }
-        for i, target in enumerate(targets)
-    }
+    return scores
 
 
 def best_target(scores):
     """The target with the highest mean return, and its row of `evaluate`."""
-    return max(scores.items(), key=lambda item: item[1]["return_mean"])
+    return max(scores.items(), key=lambda item: np.nan_to_num(item[1]["return_mean"], nan=-np.inf))
 
 
-def format_scores(scores):
+def format_scores(scores, reference):
     """The table that is printed: a line for each target, the best one marked."""
     best, _ = best_target(scores)
-    lines = [f"{'target':>8} {'return':>18} {'score':>8} {'length':>8}"]
+    lines = [f"{'target':>8} {'return':>18} {'95 % interval':>19} {'score':>7} {'length':>7}"]
     for target, row in scores.items():
         spread = f"{row['return_mean']:.1f} ± {row['return_std']:.1f}"
-        mark = "  best" if target == best else ""
-        lines.append(f"{target:>8} {spread:>18} {row['score']:8.1f} {row['length_mean']:8.1f}{mark}")
-    return "\n".join(lines)
+        interval = "{:.1f} to {:.1f}".format(*row["return_interval"])
+        marks = f"  {row['failed']} failed" * (row["failed"] > 0) + "  best" * (target == best)
+        lines.append(f"{target:>8} {spread:>18} {interval:>19} {row['score']:7.1f} {row['length_mean']:7.1f}{marks}")
+    return "\n".join([*lines, "score: 0 for a return of {:g}, 100 for {:g}".format(*reference)])
 
 
 def record(policy, spec, target, seed, path, delayed=False):
@@ -230,7 +248,7 @@ def record(policy, spec, target, seed, path, delayed=False):
     import imageio.v2 as imageio
 
     environments = Environments(spec, alive=1, render_mode="rgb_array")
-    fps = environments.make(1)[0].metadata.get("render_fps", 25)
+    fps = environments.envs[0].metadata.get("render_fps", 25)
     every = max(1, round(fps / 25))
     frames = []
     returns, lengths = rollout(policy, environments, [target], 1, seed, delayed, frames, every)
@@ -247,9 +265,8 @@ def main(arguments):
     parser.add_argument("--targets", type=float, nargs="+", help="returns to ask for (default: the run's)")
     parser.add_argument("--episodes", type=int, help="episodes per target (default: the run's)")
     parser.add_argument("--seed", type=int, help="seed of the first episode (default: the run's)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--video", metavar="FILE", help="render one episode of the best target into a .gif or .mp4")
     options = parser.parse_args(arguments)
     if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
@@ -262,13 +279,13 @@ def main(arguments):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; read when the renderer is made
 
     policy, config, header = lamo.load(options.folder, options.device)
-    if header["notice"]:
-        print(header["notice"])
+    if config.demo:
+        print(config.demo)
     spec = EnvSpec.from_json(header["env_spec"])
     targets, episodes = options.targets or config.targets, options.episodes or config.episodes
-    seed = config.seed if options.seed is None else options.seed
+    seed = config.seed * lamo.SEEDS if options.seed is None else options.seed
     scores = evaluate(policy, Environments(spec), targets, episodes, seed, header["reference"], config.delayed)
-    print(f"{format_scores(scores)}\nscore: 0 to 100 between {header['reference_source']}")
+    print(format_scores(scores, header["reference"]))
     if options.video:
         target = float(best_target(scores)[0])
         with lamo.on_error(f"cannot render {options.video}; try MUJOCO_GL=egl or MUJOCO_GL=osmesa, or another file"):

@@ -10,7 +10,7 @@ and four parts make it LaMo, each in one place below:
   1. the trunk starts from the weights of GPT-2          GPT2.from_pretrained
   2. LoRA adapts it while it stays frozen                LoRALinear, GPT2.add_lora
   3. MLPs embed returns, states and actions              Embedder
-  4. a language loss on text is kept beside the actions  LaMo.language_loss, LaMo.forward
+  4. a language loss on text is kept beside the actions  LaMo.language_loss, training_step
 
     python lamo.py --env hopper --ratio 0.1           # the paper's run where there is a GPU, else the demo
     python lamo.py --env hopper --ratio 0.1 --demo    # small model and data from demo/: minutes on a CPU
@@ -23,17 +23,18 @@ Everything outside the model is in the environment's own units; the model normal
 import argparse
 import functools
 import hashlib
-import itertools
+import importlib.metadata
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import timeit
+import zipfile
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -44,8 +45,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import constants, get_session, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from pyarrow import parquet
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -54,6 +54,7 @@ from tqdm import tqdm
 from eval import Environments, best_target, evaluate, format_scores, vector
 
 HERE = Path(__file__).resolve().parent
+constants.HF_HUB_DOWNLOAD_TIMEOUT = 5  # seconds without an answer, six times, before a download is given up
 
 
 class InputError(ValueError):
@@ -68,6 +69,8 @@ def on_error(advice):
     except InputError:
         raise
     except Exception as error:  # the libraries around us raise many kinds
+        while error.__cause__:
+            error = error.__cause__
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{advice} ({cause})") from error
 
@@ -78,16 +81,20 @@ def option(default, help, **how):
     return field(default=default, metadata={"help": f"{help} (default: {default})"} | how)
 
 
-def number(default, help, least, most=math.inf):
-    """A field of Config, and of the command line: a number of the default's kind, from `least` to `most`."""
+def number(default, help, least, most=math.inf, **how):
+    """A field of Config, and of the command line: a number from `least` to `most`, of the default's kind or a float."""
+    kind = type(default) if default is not None else float
 
     def parse(text):
-        if not least <= type(default)(text) <= most:
+        if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return type(default)(text)
+        return kind(text)
 
-    parse.__name__ = type(default).__name__  # for argparse's messages
-    return option(default, help, type=parse)
+    parse.__name__ = kind.__name__  # for argparse's messages
+    return option(default, help, type=parse, **how)
+
+
+NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
 
 
 @dataclass(frozen=True)
@@ -127,12 +134,12 @@ class Config:
     seed: int = number(0, "seed of trajectories, weights, batches and simulator", 0, 10**6)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     # the evaluation
-    targets: tuple[float, ...] | None = option(None, "returns to ask for; None: the task's", type=float, nargs="+")
-    episodes: int = number(20, "evaluation episodes per target", 1)
+    targets: tuple[float, ...] | None = number(None, "returns to ask for; None: the task's", -1e9, 1e9, nargs="+")
+    episodes: int = number(20, "evaluation episodes per target", 1, 10_000)
     eval_every: int = number(2500, "training steps between evaluations; the end is always evaluated", 1)
     # where things are
     out: str | None = option(None, "folder of the run; None: runs/<env>-<method>-<ratio>-<seed>")
-    demo: bool = option(False, "language model, data, text and settings of demo/ where not named", action="store_true")
+    demo: str | None = option(None, "all of demo/, where not named", action="store_const", const=f"{NOTICE} (--demo)")
 
 
 METHODS = {
@@ -216,7 +223,17 @@ class Attention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.c_attn(x).split(D, dim=-1)
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D / heads)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0, is_causal=True)
+        p = self.dropout.p if self.training else 0.0
+        if p == 0 or x.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        else:  # with dropout, PyTorch has no fast kernel for a CPU; strips of rows spare most of what is masked
+            strips = []
+            for start in range(0, T, 128):
+                end = min(start + 128, T)
+                mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)
+                strip, seen = q[:, :, start:end], (k[:, :, :end], v[:, :, :end])
+                strips.append(F.scaled_dot_product_attention(strip, *seen, attn_mask=mask, dropout_p=p))
+            y = torch.cat(strips, dim=2)
         return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, D)[keep]))
 
 
@@ -304,12 +321,8 @@ class GPT2(nn.Module):
         return self.ln_f(self.h[-1](x, keep))
 
     def hidden(self, tokens):
-        """Token ids (B, T) -> hidden states (B, T, D)."""
+        """Token ids (B, T) -> hidden states (B, T, D), of which wte makes the logits of the next token."""
         return self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]])
-
-    def forward(self, tokens):
-        """Token ids (B, T) -> logits of the next token (B, T, vocabulary)."""
-        return self.hidden(tokens) @ self.wte.weight.T
 
 
 # ---------------------------------------------------------------------------- LaMo: parts 3 and 4
@@ -406,17 +419,6 @@ class LaMo(nn.Module):
         chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=512)  # all logits at once would take the most memory
         return F.linear_cross_entropy(hidden, self.gpt2.wte.weight, tokens[:, 1:].flatten(), options=chunks)
 
-    def forward(self, batch, tokens, lang_coef):
-        """L = action loss + lang_coef * language loss (paper, section 4) -> L, and its parts by name: LaMo's part 4.
-
-        Without a language loss, `tokens` (B, T) of text are None.
-        """
-        parts = {"action_loss": self.action_loss(batch)}
-        if tokens is None:
-            return parts["action_loss"], parts
-        parts["language_loss"] = self.language_loss(tokens)
-        return parts["action_loss"] + lang_coef * parts["language_loss"], parts
-
 
 # ---------------------------------------------------------------------------- data
 class Trajectories:
@@ -451,9 +453,7 @@ class Trajectories:
         total = dataset.total_episodes
         count = int(ratio * total + 1e-9)
         if count < 1:
-            raise InputError(
-                f"--ratio {ratio:g} of {total} trajectories is none; give at least {1 / max(total, 1):.2g}"
-            )
+            raise InputError(f"--ratio {ratio:g} of {total} trajectories is none")
         chosen = np.sort(np.random.default_rng(seed).permutation(dataset.episode_indices)[:count])
         episodes = dataset.iterate_episodes(chosen)
         episodes = list(tqdm(episodes, desc="reading trajectories", total=count, leave=False, disable=None))
@@ -492,20 +492,17 @@ class Text:
 
     @torch.no_grad()
     def held_out_loss(self, model):
-        """Language loss of a LaMo on evenly spaced blocks of the held-out part, in nats per token."""
-        was_training, device = model.training, model.state_mean.device
-        model.eval()
+        """Language loss of a LaMo in evaluation mode on evenly spaced held-out blocks, in nats per token."""
         blocks = min(32, len(self.held_out) // self.block)
         starts = np.linspace(0, len(self.held_out) - self.block, blocks).astype(int)
         crops = (torch.from_numpy(self.held_out[None, i : i + self.block].astype(np.int64)) for i in starts)
-        losses = [model.language_loss(crop.to(device)).item() for crop in crops]
-        model.train(was_training)
-        return float(np.mean(losses))
+        return float(np.mean([model.language_loss(crop.to(model.state_mean.device)).item() for crop in crops]))
 
 
 # ---------------------------------------------------------------------------- training
 LOG_EVERY = 50  # training steps
 SAVE_EVERY = 60  # seconds
+SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on: no two runs share one
 
 
 def learning_rate(step, config):
@@ -524,37 +521,45 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0 -> both losses before it, and the norm of the gradient, by name."""
+    """Take step number `step`, counted from 0, on L = action loss + lang_coef * language loss (paper, section 4).
+
+    -> both losses before the step, and the norm of the gradient, by name.
+    """
     torch.manual_seed(config.seed * config.steps + step)  # a seed of its own, so that a run can go on from any step
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     batch = trajectories.batch(config.batch, config.context)
-    tokens = text.batch(config.text_batch).to(batch["mask"].device) if text else None
-    loss, parts = model(batch, tokens, config.lang_coef)
     optimizer.zero_grad()
-    loss.backward()
+    losses = {"action_loss": model.action_loss(batch)}
+    losses["action_loss"].backward()  # at once, not after both: that would take twice the memory
+    if text:
+        losses["language_loss"] = model.language_loss(text.batch(config.text_batch).to(config.device))
+        (config.lang_coef * losses["language_loss"]).backward()
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
     optimizer.step()
-    return {name: part.item() for name, part in (parts | {"gradient_norm": norm}).items()}
+    return {name: value.item() for name, value in (losses | {"gradient_norm": norm}).items()}
 
 
-def train(model, trajectories, text, environments, config, header, out):
-    """Train and evaluate, from the checkpoint on if the folder `out` has one -> the scores of the last evaluation.
+def train(model, trajectories, text, environments, config, header, out, checkpoint=None):
+    """Train and evaluate, or go on from a checkpoint, whose weights the model has -> the last evaluation's scores.
 
-    The folder gets log.jsonl and checkpoint.pt; `header` is what both say of the run, as `run` makes it.
+    The folder `out` gets log.jsonl and checkpoint.pt; `header` is what both say of the run, as `run` makes it.
     """
     optimizer = make_optimizer(model, config)
     start, log_size, recent = 0, 0, {}  # recent: what training_step returned since the last line of the log
-    if (out / "checkpoint.pt").exists():
-        checkpoint = read_checkpoint(out)
-        restore(model, checkpoint)
+    saved_at, saved_step = -math.inf, 0
+    if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, log_size, recent = checkpoint["step"], checkpoint["log_size"], checkpoint["recent"]
     model.train()
-    saved_at = -math.inf
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step first
-        signal.signal(number, lambda *_: stop.append(True))
+
+    def finish_step(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+
+    signal.signal(signal.SIGINT, finish_step)
+    signal.signal(signal.SIGTERM, finish_step)
     with open(out / "log.jsonl", "a") as log:
         log.truncate(log_size)
         progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start, mininterval=1)
@@ -570,51 +575,38 @@ def train(model, trajectories, text, environments, config, header, out):
             if evaluating or stop or time.monotonic() > saved_at + SAVE_EVERY:
                 state = {"optimizer": optimizer.state_dict(), "step": step, "log_size": log.tell(), "recent": recent}
                 save(out / "checkpoint.pt", model, header, state)
-                saved_at = time.monotonic()
+                saved_at, saved_step = time.monotonic(), step
             if stop:
                 sys.exit(f"stopped after {step} steps; go on with: python lamo.py --resume {out}")
             if evaluating:
-                asked = config.targets, config.episodes, config.seed, header["reference"], config.delayed
+                asked = config.targets, config.episodes, config.seed * SEEDS, header["reference"], config.delayed
                 scores = evaluate(model, environments, *asked)
                 print(json.dumps({"step": step, "evaluation": scores}), file=log, flush=True)
-                tqdm.write(f"\nstep {step}\n{format_scores(scores)}")
+                tqdm.write(f"\nstep {step}\n{format_scores(scores, header['reference'])}")
             if step == config.steps:
                 return scores
             for name, value in training_step(model, optimizer, trajectories, text, step, config).items():
                 recent.setdefault(name, []).append(value)
                 if not math.isfinite(value):
-                    raise InputError(f"{name} is {value} in step {step + 1}; the last good checkpoint is that of ...")
+                    last = f"the last good checkpoint, of step {saved_step}, is in {out}"
+                    raise InputError(f"{name} is {value} in step {step + 1}; try a smaller --lr ({last})")
 
 
 # ---------------------------------------------------------------------------- language models, text and datasets
-@functools.cache
-def hub_reachable():
-    """Whether the Hugging Face hub answers within three seconds; asked once."""
-    url = f"{constants.ENDPOINT}/gpt2/resolve/main/config.json"
-    answer = ThreadPoolExecutor(1).submit(get_session().head, url, timeout=3)
-    try:
-        return answer.result(timeout=3).status_code < 400  # looking up the host's name has no limit of its own
-    except Exception:  # of whichever HTTP library huggingface_hub uses; also with HF_HUB_OFFLINE=1
-        return False
-
-
 def find_file(name, filename, kind="model"):
     """Path of a file in the folder `name`, or in the hub's repository of that name, downloaded unless it is cached."""
     for folder in (Path(name), HERE / name):
         if folder.is_dir():
             return (folder / filename).resolve(strict=True)
-    try:
-        return Path(hf_hub_download(name, filename, repo_type=kind, local_files_only=not hub_reachable()))
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{name} is not on this machine, and the Hugging Face hub cannot be reached") from error
-
-
-def text_files(source):
-    """Paths of the files of a text: the one of this name, or WikiText-103 (raw) from the hub, validation split last."""
-    if source != "wikitext":
-        return [Path(source) if Path(source).exists() else HERE / source]
-    names = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
-    return [find_file("Salesforce/wikitext", f"wikitext-103-raw-v1/{name}.parquet", "dataset") for name in names]
+    with on_error(f"no {filename} of {name} here, nor from the Hugging Face hub; try again, or --demo"):
+        cached = try_to_load_from_cache(name, filename, repo_type=kind)
+        if isinstance(cached, str):
+            return Path(cached)
+        # Asked first, because the download itself would wait six minutes for a hub that does not answer.
+        answer = get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)
+        if answer.is_error:
+            answer.raise_for_status()
+        return Path(hf_hub_download(name, filename, repo_type=kind))
 
 
 def tokenize(path, tokenizer):
@@ -636,6 +628,21 @@ def tokenize(path, tokenizer):
         np.save(partial, np.concatenate(parts))
         partial.replace(cached)
     return np.load(cached, mmap_mode="r")
+
+
+def load_text(config):
+    """The Text that a Config asks for. WikiText-103 holds out its validation split, a file its last tenth."""
+    with on_error(f"cannot use the text {config.text}; give a UTF-8 file with --text"):
+        tokenizer = Tokenizer.from_file(str(find_file(config.lm, "tokenizer.json")))
+        if config.text == "wikitext":
+            names = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
+            files = [f"wikitext-103-raw-v1/{name}.parquet" for name in names]
+            paths = [find_file("Salesforce/wikitext", file, "dataset") for file in files]
+            *train, held_out = (tokenize(path, tokenizer) for path in paths)
+        else:
+            tokens = tokenize(Path(config.text) if Path(config.text).exists() else HERE / config.text, tokenizer)
+            *train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
+        return Text(np.concatenate(train), held_out, config.text_block)
 
 
 def load_dataset(name):
@@ -673,8 +680,8 @@ def evaluation_spec(dataset, env_id):
 
 
 # ---------------------------------------------------------------------------- runs
-def build_model(config, shape):
-    """The LaMo that a Config asks for, before training; `shape` has the rest of LaMo's arguments."""
+def build_model(config, shape, checkpoint=None):
+    """The LaMo that a Config asks for, as it starts, or as a checkpoint has it; `shape` has LaMo's other arguments."""
     with on_error("cannot build the model"):
         if config.lm == "none":
             gpt2 = GPT2(0, 0, config.width, config.layers, config.heads, config.dropout)
@@ -685,7 +692,15 @@ def build_model(config, shape):
             gpt2.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
         if config.train_trunk:
             gpt2.requires_grad_(True)
-        return LaMo(gpt2, config.embed, config.context, **shape).to(config.device)
+        model = LaMo(gpt2, config.embed, config.context, **shape)
+        if checkpoint:
+            if checkpoint["header"]["lm_sha256"] != gpt2.sha256:
+                raise InputError(f"--lm {config.lm} is not the one that the run was trained on")
+            model.load_state_dict(checkpoint["weights"], strict=False)
+        return model.to(config.device)
+
+
+VERSION = 1  # of the checkpoints
 
 
 def save(path, model, header, state):
@@ -696,56 +711,60 @@ def save(path, model, header, state):
     }
     partial = path.with_suffix(".partial")
     with on_error(f"cannot write {path}; free some space, then go on with --resume {path.parent}"):
-        with open(partial, "wb") as file:
-            torch.save({"header": header, "weights": weights} | state, file)
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with open(partial, "wb") as file:
+                torch.save({"version": VERSION, "header": header, "weights": weights} | state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(folder):
     """The checkpoint in a run's folder, by name: header, weights, and the state of the training."""
     path = Path(folder) / "checkpoint.pt"
     with on_error(f"{path} is not a checkpoint that can be read; give the folder of a run"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def restore(model, checkpoint):
-    """Put the weights of a checkpoint into the model that they were trained on."""
-    if checkpoint["header"]["lm_sha256"] != model.gpt2.sha256:
-        raise InputError(f"--lm {checkpoint['header']['config']['lm']} is not the one that the run was trained on")
-    model.load_state_dict(checkpoint["weights"], strict=False)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # compares checksums
+                raise ValueError("the file has been altered")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["version"] != VERSION:
+            raise ValueError(f"it has version {checkpoint['version']}, this lamo.py reads {VERSION}")
+        return checkpoint
 
 
 def load(folder, device="cpu"):
     """The trained policy in a run's folder -> LaMo in evaluation mode, its Config, and the header that `run` made."""
     checkpoint = read_checkpoint(folder)
-    header = checkpoint["header"]
-    config = Config(**header["config"] | {"device": device})
-    model = build_model(config, header["shape"])
-    restore(model, checkpoint)
-    return model.eval(), config, header
+    config = Config(**checkpoint["header"]["config"] | {"device": device})
+    return build_model(config, checkpoint["header"]["shape"], checkpoint).eval(), config, checkpoint["header"]
 
 
 def configure(given):
-    """The options that were given, by name -> Config, and why it takes the demo (None if it does not).
+    """The options that were given, by name -> Config.
 
     What is given goes before the preset of the method, that before the settings of the demo, those before the defaults.
     """
     if "data" in given:
         given = {"env": None} | given  # the dataset says it
+    for name in given.keys() & {"lm", "data", "text"}:
+        if Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())  # to be found from another folder, too
     config = Config(**METHODS[given.get("method", "lamo")] | given)
     if config.env not in [*TASKS, None]:
         raise InputError(f"unknown --env {config.env}; choose one of {', '.join(TASKS)}, or give a dataset with --data")
     named = given.keys() & {"lm", "data", "text", "device"}  # is never replaced
-    why = "--demo" if config.demo else None if named else out_of_reach(config)
+    why = None if config.demo or named else out_of_reach(config)
     if why:
-        demo = DEMO | {"data": f"demo/lamo/{config.env}/demo-v0", "demo": True}
-        config = Config(**demo | METHODS[config.method] | given)
+        given = given | {"demo": f"{NOTICE} ({why})"}
+    if "demo" in given:
+        config = Config(**DEMO | {"data": f"demo/lamo/{config.env}/demo-v0"} | METHODS[config.method] | given)
     if config.lm == "none" and config.lang_coef > 0:
         raise InputError("--lm none has no language to keep; add --lang-coef 0")
     task = TASKS.get(config.env, Task(None, None, None, None, 20, None))
     own = {name: getattr(config, name) or getattr(task, name) for name in ("data", "targets", "context")}
-    return replace(config, **own), why
+    return replace(config, **own)
 
 
 def out_of_reach(config):
@@ -757,27 +776,16 @@ def out_of_reach(config):
         operations = (6 if config.train_trunk else 4) * 12 * config.layers * config.width**2 * tokens * config.steps
         return f"no GPU: {config.steps:,} steps would take {operations * seconds / 3600:,.0f} hours or more"
     try:
-        if config.lm != "none":
-            for filename in ("config.json", "tokenizer.json", "model.safetensors"):
-                find_file(config.lm, filename)
-        if config.lang_coef > 0:
-            text_files(config.text)
         load_dataset(TASKS[config.env].data)
+        for filename in ("config.json", "model.safetensors") if config.lm != "none" else ():
+            find_file(config.lm, filename)
+        if config.lang_coef > 0:
+            load_text(config)
     except InputError as error:
         return str(error)
 
 
-def load_text(config):
-    """The Text that a Config asks for. WikiText holds out its validation split, a file its last tenth."""
-    with on_error(f"cannot use the text {config.text}; give a UTF-8 file with --text"):
-        tokenizer = Tokenizer.from_file(str(find_file(config.lm, "tokenizer.json")))
-        *train, held_out = (tokenize(path, tokenizer) for path in text_files(config.text))
-        if not train:
-            *train, held_out = np.split(held_out, [len(held_out) * 9 // 10])
-        return Text(np.concatenate(train), held_out, config.text_block)
-
-
-def run(config, notice, out):
+def run(config, out, checkpoint=None):
     """Train and evaluate as a Config says; the folder `out` then has log.jsonl, checkpoint.pt and scores.json."""
     started, task = time.time(), TASKS.get(config.env)
     with on_error(f"--device {config.device} cannot be used here; leave it out, or give cpu"):
@@ -806,13 +814,17 @@ def run(config, notice, out):
     model = build_model(config, shape)
     text = load_text(config) if config.lang_coef > 0 else None
     recorded = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
+    reference = recorded if None not in recorded else task.reference if task else (0, 100)
+    arrays = trajectories.states, trajectories.actions, trajectories.returns_to_go
+    status, commit = subprocess.getstatusoutput(f"git -C '{HERE}' describe --always --dirty")
     header = {
-        "notice": notice, "config": asdict(config), "lm_sha256": model.gpt2.sha256, "shape": shape,
-        "env_spec": environments.spec.to_json(), "reference": task.reference if task else (0, 100),
-        "reference_source": "D4RL's reference returns" if task else "0 and 100, no reference returns being known",
+        "config": asdict(config), "shape": shape, "reference": reference,
+        "lm_sha256": model.gpt2.sha256, "env_spec": environments.spec.to_json(),
+        "data_sha256": hashlib.sha256(b"".join(array.cpu().numpy().tobytes() for array in arrays)).hexdigest(),
+        "trajectories": len(returns), "device": str(torch.cuda.get_device_name() if model.state_mean.is_cuda else "cpu"),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "minari")},
+        "commit": commit if status == 0 else None,
     }  # fmt: skip
-    if None not in recorded:
-        header |= {"reference": recorded, "reference_source": "the dataset's own reference returns"}
 
     sizes = [(parameter.numel(), parameter.numel() * parameter.requires_grad) for parameter in model.parameters()]
     total, trained = np.sum(sizes, axis=0)
@@ -822,17 +834,19 @@ def run(config, notice, out):
     if text:
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, {len(text.held_out):,} held out")
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
-    before = text and text.held_out_loss(model)
-    scores = train(model, trajectories, text, environments, config, header, out)
-    after = text and text.held_out_loss(model)
+    before = text and text.held_out_loss(model.eval())
+    if checkpoint:
+        model = build_model(config, shape, checkpoint)
+    scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
+    after = text and text.held_out_loss(model.eval())
 
     target, row = best_target(scores)
     summary = {
         "best": {"target": float(target)} | row, "targets": scores, "dataset": config.data, "lm": config.lm,
-        "demo": config.demo, "text_loss_before": before, "text_loss_after": after,
+        "demo": bool(config.demo), "text_loss_before": before, "text_loss_after": after,
     }  # fmt: skip
     (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{notice or config.data}\n{format_scores(scores)}\nscore: 0 to 100 between {header['reference_source']}")
+    print(f"\n{config.demo or config.data}\n{format_scores(scores, reference)}")
     if text:
         print(f"language loss on held-out text: {before:.3f} before, {after:.3f} after (nats per token)")
     print(f"{time.time() - started:.0f} s, all in {out}; evaluate it again: python eval.py {out}")
@@ -843,34 +857,30 @@ def main(arguments):
     parser = argparse.ArgumentParser("lamo.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
     for item in fields(Config):
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **item.metadata)
-    parser.add_argument(
-        "--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with a run that was stopped"
-    )
+    parser.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with a stopped run")
     given = vars(parser.parse_args(arguments))
     if "resume" in given:
         out = Path(given.pop("resume"))
         if given:
             raise InputError("--resume goes on with the run's own settings; give no other option")
-        header = read_checkpoint(out)["header"]
-        return run(Config(**header["config"]), header["notice"], out)
-    config, why = configure(given)
-    notice = why and f"DEMO ASSETS, NOT COMPARABLE TO THE PAPER ({why})"
-    if notice:
-        print(notice, flush=True)
-    name = f"{config.env or config.data.strip('/').replace('/', '-')}-{config.method}-{config.ratio:g}-{config.seed}"
-    for number in itertools.count(1):
-        out = Path(config.out or f"runs/{name}{'-demo' * config.demo}{f'-{number}' * (number > 1)}")
-        try:
+        checkpoint = read_checkpoint(out)
+        config = Config(**checkpoint["header"]["config"])
+    else:
+        checkpoint, config = None, configure(given)
+        task = config.env or config.data.strip("/").replace("/", "-")
+        name = f"{task}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' * bool(config.demo)}"
+        out = Path(config.out or f"runs/{name}")
+        with on_error(f"cannot make the folder {out}; go on with --resume {out}, or choose another --out"):
             out.mkdir(parents=True)
-            break
-        except OSError as error:
-            if config.out or not isinstance(error, FileExistsError):
-                raise InputError(f"cannot make the folder {out}; choose another --out ({error.strerror})") from error
+    if config.demo:
+        print(config.demo, flush=True)
     try:
-        run(config, notice, out)
-    except InputError:
+        run(config, out, checkpoint)
+    except (InputError, OSError) as error:
         if not (out / "checkpoint.pt").exists():
             shutil.rmtree(out)  # nothing half-written
+        elif isinstance(error, OSError):
+            raise InputError(f"{error}; when that is mended, go on with --resume {out}") from error
         raise
 
 
@@ -878,7 +888,7 @@ def run_command(main):
     """Call main with the command line's arguments; a mistake of the user ends in one line and exit code 2."""
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

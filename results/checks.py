@@ -1,0 +1,324 @@
+"""What takes longer than the tests: runs killed at random moments, an imitated hub, bad input of all kinds, demo data.
+
+python -m pytest -q results/checks.py
+LAMO_KILLS=100 python -m pytest -q results/checks.py -k killed
+"""
+
+import contextlib
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from dataclasses import fields
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import lamo
+from lamo import Config, InputError
+from test_lamo import HERE, HOPPER, SHORT, WORDS, command, read_scores, save_dataset
+
+pytest_plugins = "test_lamo"  # for its fixtures
+
+KILLS = int(os.environ.get("LAMO_KILLS", 2))
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):
+    """LAMO_KILLS=100 python -m pytest -q -k killed: SIGKILL and SIGTERM at random moments, then --resume."""
+    often = "import lamo; lamo.SAVE_EVERY, lamo.LOG_EVERY = 0.02, 3; lamo.run_command(lamo.main)"
+    options = f"{SHORT} --steps 30 --eval-every 10 --lm {lm_folder} --out run".split()
+
+    def start(folder, *arguments):
+        folder.mkdir(exist_ok=True)
+        python = [sys.executable, "-c", often, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(python, cwd=folder, stdout=-3, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def wait_for_a_checkpoint(process, folder):
+        while not (folder / "run" / "checkpoint.pt").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+    def outcome(folder):
+        checkpoint = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+        scores, log = read_scores(folder / "run"), (folder / "run" / "log.jsonl").read_text()
+        return [weight.tolist() for weight in checkpoint["weights"].values()], scores, log
+
+    process = start(tmp_path / "whole", *options)
+    wait_for_a_checkpoint(process, tmp_path / "whole")
+    started = time.time()
+    assert process.wait() == 0
+    duration, expected = time.time() - started, outcome(tmp_path / "whole")
+    for number, moment in enumerate(np.random.default_rng(0).uniform(0, duration, KILLS)):
+        folder = tmp_path / str(number)
+        process = start(folder, *options)
+        wait_for_a_checkpoint(process, folder)
+        time.sleep(moment)
+        process.send_signal(signal.SIGTERM if number % 4 == 1 else signal.SIGKILL)
+        message = process.communicate()[1]
+        assert process.returncode in (-9, 0) or "go on with: python lamo.py --resume run" in message
+        process = start(folder, "--resume", "run")
+        assert process.wait() == 0, process.communicate()
+        assert outcome(folder) == expected
+        assert not list(folder.rglob("*.partial"))
+        shutil.rmtree(folder)
+
+
+DEMO_DATA = {  # steps, range of the mean return, least best return, least spread
+    "hopper": (100_000, 1000, 1800, 3000, 0.2), "halfcheetah": (50_000, 2000, 5000, 4000, 0.2),
+    "walker2d": (50_000, 1000, 4000, 2500, 0.2), "reacher2d": (10_000, 20, 60, 70, 0.2),
+    "kitchen-complete": (3_000, 3, 4, 3.5, 0.1), "kitchen-partial": (3_000, 2, 4, 3.5, 0.2),
+    "kitchen-mixed": (3_000, 1, 3, 2.5, 0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEMO_DATA)
+def test_demo_datasets_are_whole(name):
+    steps, low, high, best, spread = DEMO_DATA[name]
+    dataset = minari.MinariDataset(HERE / "demo" / "lamo" / name / "demo-v0" / "data")
+    assert dataset.id == f"lamo/{name}/demo-v0" and dataset.observation_space.dtype == np.float32
+    returns = np.array([episode.rewards.sum() for episode in dataset])
+    assert steps <= dataset.total_steps < steps + 1000
+    assert low < returns.mean() < high and returns.max() > best and returns.std() > spread * returns.mean()
+    metadata = dataset.storage.metadata
+    assert metadata["ref_min_score"] < returns.mean() < metadata["ref_max_score"]
+    env, episode = dataset.recover_environment(), dataset[0]
+    observation, _ = env.reset(seed=0)  # the first steps, simulated again, are those on file
+    for t in range(3):
+        seen, scale = evaluation.vector(observation), np.abs(episode.observations).max()
+        np.testing.assert_allclose(seen, episode.observations[t], atol=1e-3 * scale)
+        observation, reward, *_ = env.step(episode.actions[t])
+        assert reward == pytest.approx(episode.rewards[t], abs=1e-3)
+
+
+@pytest.mark.parametrize("name, steps", [("hopper", 300), ("reacher2d", 300), ("kitchen-mixed", 100)])
+def test_demo_data_can_be_made_anew(name, steps, tmp_path):
+    result = command(f"{HERE}/demo/make.py", "--only", name, "--steps", steps, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    data = tmp_path / "lamo" / name / "demo-v0"
+    lamo.main(f"{SHORT} --ratio 1 --method dt --env {name} --data {data} --out {tmp_path / 'run'}".split())
+    assert read_scores(tmp_path / "run")["dataset"] == str(data)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Imitates the Hugging Face hub: `files` by path; `fault` is what goes wrong."""
+
+    files, fault = {}, None
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        data = self.files.get(self.path)
+        status = self.fault if isinstance(self.fault, int) else 200 if data else 404
+        self.send_response(status)
+        if status == 200:
+            for name, value in (
+                ("ETag", f'"{zlib.crc32(data)}"'),
+                ("X-Repo-Commit", "c" * 40),
+                ("Content-Length", len(data)),
+            ):
+                self.send_header(name, value)
+        self.end_headers()
+        if status == 200 and body:
+            self.wfile.write(data if self.fault != "cut" or len(data) < 10_000 else data[:5000])
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_everything_comes_from_the_hub_and_stays_in_the_caches(tmp_path, lm_folder):
+    names = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
+    for name in names:
+        table = pyarrow.table({"text": [WORDS] * (400 if "train" in name else 90)})
+        parquet.write_table(table, tmp_path / name)
+        Hub.files[f"/datasets/Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/{name}.parquet"] = (
+            tmp_path / name
+        ).read_bytes()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        Hub.files[f"/gpt2/resolve/main/{name}"] = (lm_folder / name).read_bytes()
+    for name in ("main_data.hdf5", "metadata.json"):
+        path = f"/datasets/farama-minari/mujoco/resolve/main/hopper/medium-v0/data/{name}"
+        Hub.files[path] = (HOPPER / name).read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    options = "--device cpu --steps 1 --episodes 1 --ratio 0.05 --text-block 32 --targets 800 --out".split()
+    for Hub.fault, words in ((503, "503"), (403, "403"), ("cut", "without sending complete message body"), (None, "")):
+        result = command(f"{HERE}/lamo.py", *options, tmp_path / "run", **hub)
+        assert words in result.stderr and (result.returncode == 2) == bool(words), result.stderr
+        assert result.stderr.count("Traceback") == 0
+    server.shutdown()
+    assert read_scores(tmp_path / "run")["dataset"] == "mujoco/hopper/medium-v0"
+    result = command(f"{HERE}/lamo.py", *options, tmp_path / "again", **hub)
+    assert result.returncode == 0 and "400 * " not in result.stderr, result.stderr
+    assert read_scores(tmp_path / "again") == read_scores(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory, lm_folder, trained):
+    """A folder of files that are wrong in one way each."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, content in {
+        "short.txt": b"too short", "empty.txt": b"", "binary.txt": bytes(range(256)) * 40, "folder/x": b"",
+        "no-json/config.json": b"{", "no-tokenizer/config.json": (lm_folder / "config.json").read_bytes(),
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    settings = {"bert": {"model_type": "bert"}, "relu": {"activation_function": "relu"}, "wide": {"n_embd": 64}}
+    for name in (*settings, "cut-weights", "lacking-weights", "pickled-weights"):
+        shutil.copytree(lm_folder, folder / name)
+        config = json.loads((lm_folder / "config.json").read_text()) | settings.get(name, {})
+        (folder / name / "config.json").write_text(json.dumps(config))
+    weights = folder / "cut-weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    tensors = load_file(folder / "lacking-weights" / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, folder / "lacking-weights" / "model.safetensors")
+    (folder / "pickled-weights" / "model.safetensors").rename(folder / "pickled-weights" / "pytorch_model.bin")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(folder))
+        rng = np.random.default_rng(0)
+        episodes = [(rng.normal(size=(6, 11)), rng.uniform(-1, 1, (5, 3)), np.ones(5)) for _ in range(3)]
+        space = gym.spaces.Box(-np.inf, np.inf, (11,))
+        good = save_dataset("test/good-v0", "Hopper-v5", episodes, observation_space=space)
+        cartpole = [(rng.normal(size=(6, 4)), rng.integers(2, size=5), np.ones(5)) for _ in range(3)]
+        save_dataset("test/discrete-v0", "CartPole-v1", cartpole)
+    for name in (
+        "cut-data",
+        "empty-data",
+        "no-episodes",
+        "metadata-alone",
+        "no-rewards",
+        "nan",
+        "nan-reward",
+        "words",
+        "narrow",
+    ):
+        shutil.copytree(good, folder / name)
+        data = folder / name / "data" / "main_data.hdf5"
+        if name in ("cut-data", "empty-data"):
+            data.write_bytes(data.read_bytes()[: 3000 * (name == "cut-data")])
+        elif name == "metadata-alone":
+            data.unlink()
+        elif name == "no-episodes":
+            metadata = json.loads((data.parent / "metadata.json").read_text())
+            (data.parent / "metadata.json").write_text(json.dumps(metadata | {"total_episodes": 0, "total_steps": 0}))
+        else:
+            with h5py.File(data, "a") as file:
+                episode = file["episode_1"]
+                if name == "nan":
+                    episode["observations"][2, 1] = np.nan
+                elif name == "nan-reward":
+                    episode["rewards"][2] = np.nan
+                else:
+                    field = "rewards" if name == "no-rewards" else "observations"
+                    del episode[field]
+                    if name == "words":
+                        episode[field] = np.full((6, 11), b"word")
+                    elif name == "narrow":
+                        episode[field] = np.zeros((6, 7))
+
+    for name in ("cut", "altered", "old", "other-lm"):
+        (folder / name).mkdir()
+        path, original = folder / name / "checkpoint.pt", trained[0] / "checkpoint.pt"
+        content = bytearray(original.read_bytes())
+        if name == "cut":
+            content = content[:-2000]
+        elif name == "altered":
+            middle = len(content) // 2
+            content[middle : middle + 200] = bytes(200)
+        path.write_bytes(content)
+        if name in ("old", "other-lm"):
+            checkpoint = torch.load(path, weights_only=True)
+            checkpoint["version"] -= name == "old"
+            checkpoint["header"]["lm_sha256"] = "0" * 64 if name == "other-lm" else None
+            torch.save(checkpoint, path)
+    return folder
+
+
+BAD_INPUT = {
+    "lamo": """
+        --ratio 0|--ratio 1.5|--ratio nan|--ratio -0.1|--ratio ten|--steps 0|--steps ten|--steps 1.5|--seed -1|--seed 1000001
+        --grad-clip 0|--nonsense|--method bc|--embed conv|--lr-schedule linear|--dropout 2|--lora-dropout -1|--targets
+        --targets x|--targets nan|--episodes 0|--lora-rank -1|--lr -1|--lr nan|--batch 0|--context -1|--text-block 1
+        --eval-every 0|--warmup -1|--lang-coef -1|--weight-decay -1|--layers 0|--width 0|--heads 0|--env|extra
+        --env humanoid: choose one of hopper|--ratio 0.0001: is none|--device cuda:99: --device cuda:99|--device tpu: --device
+        --lm none: add --lang-coef 0|--lm none --lang-coef 0 --heads 3: 128 is not a multiple of 3 heads
+        --data {bad}/nowhere: nowhere|--data {bad}/folder: folder|--data {bad}/cut-data: cut-data|--data {bad}/nan: NaN
+        --data {bad}/empty-data: empty-data|--data {bad}/no-episodes: is none|--data {bad}/metadata-alone: metadata-alone
+        --data {bad}/no-rewards: no-rewards|--data {bad}/nan-reward: NaN|--data {bad}/words: words
+        --data {bad}/narrow: narrow|--data {bad}/test/discrete-v0: vectors of real numbers|--data no-such-name: no-such-name
+        --lm {bad}/folder: config.json|--lm {bad}/no-json: --lm|--lm {bad}/no-tokenizer: tokenizer.json|--lm {bad}/bert: bert
+        --lm {bad}/relu: relu|--lm {bad}/wide: model.safetensors|--lm {bad}/cut-weights: delete it and fetch it again
+        --lm {bad}/lacking-weights: h.1.mlp.c_fc.weight|--lm {bad}/pickled-weights: model.safetensors
+        --text {bad}/short.txt: --text-block|--text {bad}/empty.txt: 0 tokens|--text {bad}/binary.txt: UTF-8
+        --text {bad}/missing.txt: missing.txt|--text {bad}/folder: folder|--out {bad}: --out|--out {bad}/short.txt/run: --out
+    """,
+    "resume": """
+        --resume {bad}: checkpoint.pt|--resume {bad}/nowhere: checkpoint.pt|--resume {bad}/cut: cut|--steps 1 --resume {bad}: no other option
+        --resume {bad}/altered: checkpoint.pt|--resume {bad}/old: version 0|--resume {bad}/other-lm: is not the one
+    """,
+    "eval": """
+        |{bad}: checkpoint.pt|{bad}/cut: cut|{bad}/altered: checkpoint.pt|{bad}/other-lm: is not the one|{run} --seed -1|{run} --episodes 0
+        {run} --video out.avi: neither .gif nor .mp4|{run} --targets x|{run} --device tpu: tpu
+    """,
+}  # fmt: skip
+
+
+CASES = [
+    (kind, case.strip()) for kind, text in BAD_INPUT.items() for case in text.strip().replace("\n", "|").split("|")
+]
+
+
+@pytest.mark.parametrize("kind, case", CASES)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(kind, case, bad, trained, tmp_path, monkeypatch, capsys):
+    options, _, words = case.format(bad=bad, run=trained[0]).partition(": ")
+    short = "--demo --steps 1 --text-block 32" + f" --out {tmp_path / 'run'}" * ("--out" not in options)
+    arguments = f"{short} {options}" if kind == "lamo" else options
+    module = evaluation if kind == "eval" else lamo
+    before = sorted(bad.rglob("*"))
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        lamo.run_command(module.main)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith(f"{module.__name__}.py: error: ") and words in error
+    assert sorted(bad.rglob("*")) == before and not (tmp_path / "run").exists()
+
+
+WORD = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=8)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from([f"--{field.name.replace('_', '-')}" for field in fields(Config)]) | WORD, max_size=4))
+def test_any_command_line_is_refused_in_words_or_understood(arguments):
+    parser_errors = (InputError, SystemExit)
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(*parser_errors),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(lamo, "run", lambda *_: None)
+        patch.setattr(Path, "mkdir", lambda *_, **__: None)
+        with contextlib.redirect_stdout(io.StringIO()):
+            lamo.main(["--demo", *arguments])
