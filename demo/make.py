@@ -1,4 +1,4 @@
-"""Makes everything in demo/ from nothing: Minari datasets of simulated rollouts, and a small GPT-2.
+"""Makes everything in demo/ from nothing: Minari datasets of simulated rollouts, a small GPT-2, and a text.
 
     python demo/make.py                               # all of it; about two hours on two CPU cores
     python demo/make.py --only hopper --steps 20000   # one dataset, small, in minutes
@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import gymnasium as gym
 import mujoco
@@ -469,7 +470,7 @@ LM_STEPS, LM_BATCH, LM_LR, LM_WARMUP, LM_EVERY = 6000, 16, 2e-3, 200, 100
 def documents():
     """English text of this Python installation: docstrings, and documentation files, without duplicates.
 
-    pydoc_data.topics is left out: it is what lamo.py trains and measures its language loss on offline.
+    pydoc_data.topics is left out: it becomes text.txt, which lamo.py's demo trains and measures its language loss on.
     """
     roots = sorted({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
     seen = set()
@@ -630,7 +631,7 @@ def draw_returns(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=[*TASKS, "gpt2-tiny", "picture"], help="make this one")
+    parser.add_argument("--only", choices=[*TASKS, "gpt2-tiny", "text", "picture"], help="make this one")
     parser.add_argument(
         "--steps", type=int, help="environment steps of a dataset; training steps of the language model"
     )
@@ -639,9 +640,11 @@ def main():
     options = parser.parse_args()
     build = options.out / "build"
     build.mkdir(parents=True, exist_ok=True)
-    for name in [options.only] if options.only else [*TASKS, "gpt2-tiny", "picture"]:
+    for name in [options.only] if options.only else [*TASKS, "gpt2-tiny", "text", "picture"]:
         if name == "picture":
             draw_returns(options.out)
+        elif name == "text":
+            (options.out / "text.txt").write_text("\n".join(topics.values()), "utf-8")
         elif name == "gpt2-tiny":
             make_gpt2_tiny(options.out / name, build, options.steps or LM_STEPS, options.seed)
         else:

@@ -41,7 +41,7 @@ def train(job):
     if not (folder / "scores.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         command = (
-            f"lamo.py --env {env} --ratio {ratio} {options} --method {method} --seed {seed} --offline --out {folder}"
+            f"lamo.py --env {env} --ratio {ratio} {options} --method {method} --seed {seed} --demo --out {folder}"
         )
         with open(f"{folder}.txt", "w") as output:
             subprocess.run(
