@@ -76,22 +76,18 @@ def on_error(advice):
 
 
 # ---------------------------------------------------------------------------- configuration
-def option(default, help, **how):
-    """A field of Config, with argparse's keywords for its flag."""
-    return field(default=default, metadata={"help": f"{help} (default: {default})"} | how)
+def option(default, help, least=None, most=math.inf, **how):
+    """A field of Config, with argparse's keywords for its flag; with `least`, a number from `least` to `most`."""
+    kind = float if default is None else type(default)
 
-
-def number(default, help, least, most=math.inf, **how):
-    """A field of Config, and of the command line: a number from `least` to `most`, of the default's kind or a float."""
-    kind = type(default) if default is not None else float
-
-    def parse(text):
+    def number(text):
         if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
         return kind(text)
 
-    parse.__name__ = kind.__name__  # for argparse's messages
-    return option(default, help, type=parse, **how)
+    if least is not None:
+        how["type"] = number
+    return field(default=default, metadata={"help": f"{help} (default: {default})"} | how)
 
 
 NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
@@ -104,39 +100,39 @@ class Config:
     # the task and its data
     env: str | None = option("hopper", "task, a row of TASKS; with --data alone, the environment that the data names")
     data: str | None = option(None, "Minari dataset id, or folder; None: the task's")
-    ratio: float = number(1.0, "share of the dataset's trajectories to train on", 1e-9, 1)
-    context: int = number(0, "K, time steps that the policy sees; 0: the task's", 0)
+    ratio: float = option(1.0, "share of the dataset's trajectories to train on", 1e-9, 1)
+    context: int = option(0, "K, time steps that the policy sees; 0: the task's", 0)
     delayed: bool = option(False, "move each trajectory's reward to its last step", action="store_true")
     # the method
     method: str = option("lamo", "preset for the options of this block", choices=("lamo", "dt", "wiki-rl"))
     lm: str = option("gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights, without text")
-    lora_rank: int = number(16, "r of LoRA; 0: no LoRA", 0)
-    lora_alpha: float = number(32.0, "LoRA adds alpha / r * B A x", 0)
-    lora_dropout: float = number(0.1, "dropout on the input of LoRA", 0, 1)
+    lora_rank: int = option(16, "r of LoRA; 0: no LoRA", 0)
+    lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", 0)
+    lora_dropout: float = option(0.1, "dropout on the input of LoRA", 0, 1)
     train_trunk: bool = option(False, "train all weights of GPT-2; goes with --lora-rank 0", action="store_true")
     embed: str = option("mlp", "embedders and action head", choices=("mlp", "linear"))
-    lang_coef: float = number(0.1, "lambda, weight of the language loss; 0: no text", 0)
+    lang_coef: float = option(0.1, "lambda, weight of the language loss; 0: no text", 0)
     text: str = option("wikitext", "text of the language loss: wikitext (103, raw), or a UTF-8 file")
-    text_batch: int = number(2, "crops of text per training step", 1)
-    text_block: int = number(1024, "tokens per crop, at most the language model's positions", 2)
-    layers: int = number(12, "transformer blocks, for --lm none", 1)
-    width: int = number(768, "D, model width, for --lm none", 1)
-    heads: int = number(12, "attention heads, for --lm none", 1)
-    dropout: float = number(0.1, "GPT-2's dropout on embeddings, attention and residuals", 0, 1)
+    text_batch: int = option(2, "crops of text per training step", 1)
+    text_block: int = option(1024, "tokens per crop, at most the language model's positions", 2)
+    layers: int = option(12, "transformer blocks, for --lm none", 1)
+    width: int = option(768, "D, model width, for --lm none", 1)
+    heads: int = option(12, "attention heads, for --lm none", 1)
+    dropout: float = option(0.1, "GPT-2's dropout on embeddings, attention and residuals", 0, 1)
     # the optimisation
-    steps: int = number(100_000, "training steps", 1)
-    batch: int = number(64, "B, windows of trajectories per training step", 1)
-    lr: float = number(1e-4, "learning rate of AdamW", 0)
+    steps: int = option(100_000, "training steps", 1)
+    batch: int = option(64, "B, windows of trajectories per training step", 1)
+    lr: float = option(1e-4, "learning rate of AdamW", 0)
     lr_schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine"))
-    warmup: int = number(2500, "training steps of linear warm-up", 0)
-    weight_decay: float = number(1e-5, "weight decay of AdamW", 0)
-    grad_clip: float = number(0.25, "largest norm of the gradient", 1e-9)
-    seed: int = number(0, "seed of trajectories, weights, batches and simulator", 0, 10**6)
+    warmup: int = option(2500, "training steps of linear warm-up", 0)
+    weight_decay: float = option(1e-5, "weight decay of AdamW", 0)
+    grad_clip: float = option(0.25, "largest norm of the gradient", 1e-9)
+    seed: int = option(0, "seed of trajectories, weights, batches and simulator", 0, 10**6)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     # the evaluation
-    targets: tuple[float, ...] | None = number(None, "returns to ask for; None: the task's", -1e9, 1e9, nargs="+")
-    episodes: int = number(20, "evaluation episodes per target", 1, 10_000)
-    eval_every: int = number(2500, "training steps between evaluations; the end is always evaluated", 1)
+    targets: tuple[float, ...] | None = option(None, "returns to ask for; None: the task's", -1e9, 1e9, nargs="+")
+    episodes: int = option(20, "evaluation episodes per target", 1, 10_000)
+    eval_every: int = option(2500, "training steps between evaluations; the end is always evaluated", 1)
     # where things are
     out: str | None = option(None, "folder of the run; None: runs/<env>-<method>-<ratio>-<seed>")
     demo: str | None = option(None, "all of demo/, where not named", action="store_const", const=f"{NOTICE} (--demo)")
@@ -145,10 +141,7 @@ class Config:
 METHODS = {
     "lamo": {},
     # Decision Transformer (Chen et al. 2021): small, from scratch, no text
-    "dt": {
-        "lm": "none", "layers": 3, "width": 128, "heads": 1, "lora_rank": 0, "train_trunk": True, "embed": "linear",
-        "lang_coef": 0.0,
-    },
+    "dt": {"lm": "none", "lang_coef": 0.0, "layers": 3, "width": 128, "heads": 1, "lora_rank": 0, "train_trunk": True, "embed": "linear"},
     # "Can Wikipedia Help Offline Reinforcement Learning?" (Reid et al. 2022); of its losses, the language loss alone
     "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},
 }  # fmt: skip
@@ -610,24 +603,16 @@ def find_file(name, filename, kind="model"):
 
 
 def tokenize(path, tokenizer):
-    """Token ids of a file's text in one flat array; made once, then a memory map in the user's cache."""
-    key = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {tokenizer.to_str()}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamo"
-    cached = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if not cached.exists():
-        if path.suffix == ".parquet":
-            documents = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-        else:
-            documents = path.read_text("utf-8").splitlines(keepends=True)
-        parts = [np.empty(0, np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)]
-        for start in tqdm(range(0, len(documents), 1000), "tokenising", leave=False, disable=None):
-            encodings = tokenizer.encode_batch(documents[start : start + 1000])
-            parts += [np.array(encoding.ids, parts[0].dtype) for encoding in encodings]
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, np.concatenate(parts))
-        partial.replace(cached)
-    return np.load(cached, mmap_mode="r")
+    """Token ids of a file's text, in one flat array."""
+    if path.suffix == ".parquet":
+        documents = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    else:
+        documents = path.read_text("utf-8").splitlines(keepends=True)
+    parts = [np.empty(0, np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)]
+    for start in tqdm(range(0, len(documents), 1000), f"tokenising {path.name}", leave=False, disable=None):
+        encodings = tokenizer.encode_batch(documents[start : start + 1000])
+        parts += [np.array(encoding.ids, parts[0].dtype) for encoding in encodings]
+    return np.concatenate(parts)
 
 
 def load_text(config):
@@ -705,10 +690,8 @@ VERSION = 1  # of the checkpoints
 
 def save(path, model, header, state):
     """Write what trains, and what rebuilds the rest: a frozen language model is named, not copied."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    weights = {
-        name: tensor for name, tensor in model.state_dict().items() if not (model.gpt2.sha256 and name in frozen)
-    }
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad and model.gpt2.sha256}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     partial = path.with_suffix(".partial")
     with on_error(f"cannot write {path}; free some space, then go on with --resume {path.parent}"):
         try:

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
-from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2TokenizerFast
@@ -43,7 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, on w
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
     """No test sees the user's caches or the network, or leaves a signal handler behind."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr(lamo.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(lamo, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: 1 / 0))
@@ -51,8 +49,6 @@ def isolated(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- the authors' code
-
-
 def recorded(name):
     return torch.from_numpy(AUTHORS[name])
 
@@ -153,8 +149,6 @@ def test_training_steps_equal_the_authors_in_float64(authors_lamo):
 
 
 # ---------------------------------------------------------------------------- GPT-2
-
-
 def tiny_config(**changes):
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -194,18 +188,6 @@ def test_logits_equal_transformers(lm_folder):
     assert expected.std() > 0.5  # logits that say something
 
 
-def test_demo_model_equals_transformers_and_knows_english():
-    folder = HERE / "demo" / "gpt2-tiny"
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = GPT2.from_pretrained("demo/gpt2-tiny").eval()
-    sentence = "Return True if the object is a subclass of the given class, and False otherwise."
-    tokens = torch.tensor([Tokenizer.from_file(str(folder / "tokenizer.json")).encode(sentence).ids])
-    with torch.no_grad():
-        hidden = theirs.transformer(tokens).last_hidden_state
-        torch.testing.assert_close(ours.hidden(tokens), hidden, atol=1e-4, rtol=0)
-        assert theirs(tokens, labels=tokens).loss < math.log(4096) - 3  # trained: far below a uniform guess
-
-
 def test_random_weights_start_as_transformers_do():
     ours, theirs = GPT2(3000, 500, 64, 8, 2), GPT2Model(tiny_config(n_embd=64, n_layer=8))
     for name, parameter in ours.named_parameters():
@@ -227,9 +209,7 @@ def test_language_loss_equals_transformers(lm_folder):
 
 
 # ---------------------------------------------------------------------------- LoRA
-
-
-def test_lora_follows_the_formula_and_starts_as_the_plain_layer():
+def test_lora_follows_the_formula_and_starts_as_the_original():
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(16, 48), torch.randn(5, 7, 16)
     lora = LoRALinear(linear, rank=4, alpha=8, dropout=0.0)
@@ -241,9 +221,6 @@ def test_lora_follows_the_formula_and_starts_as_the_plain_layer():
         torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(lora.eval()(x), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(lora.train()(x[0]), expected[0], atol=1e-5, rtol=0)
-
-
-def test_lora_starts_as_the_original_implementation():
     lora = LoRALinear(torch.nn.Linear(400, 1200), rank=16, alpha=8, dropout=0.0)
     assert lora.A.shape == (3, 16, 400) and lora.B.shape == (3, 400, 16) and not lora.B.any()
     bound = math.sqrt(1 / 400)  # Kaiming-uniform with a = sqrt(5), as torch.nn.Linear and loralib start
@@ -256,13 +233,11 @@ def test_trainable_share_of_gpt2_small():
         gpt2 = GPT2()
         assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808  # as published
         gpt2.add_lora(16, 32.0, 0.1)
-    trains = sum(p.numel() for p in gpt2.parameters() if p.requires_grad)
-    assert trains == 12 * (3 * 16 * (768 + 768) + 3 * 768)
+    assert sum(p.numel() for p in gpt2.parameters() if p.requires_grad) == 12 * (3 * 16 * (768 + 768) + 3 * 768)
     assert gpt2.drop.p == gpt2.h[0].mlp.dropout.p == 0.1
 
 
 # ---------------------------------------------------------------------------- LaMo, beside an independent one
-
 BOUNDS = [[-1.0, -2.0], [1.0, 4.0]]
 DROPOUT = {"dropout": 0.3, "lora_dropout": 0.2}
 
@@ -443,7 +418,6 @@ def test_gradients_reach_exactly_what_trains(lm_folder, method):
 
 
 # ---------------------------------------------------------------------------- trajectories
-
 HOPPER = HERE / "demo" / "lamo" / "hopper" / "demo-v0" / "data"
 
 
@@ -500,10 +474,6 @@ def test_minari_share_is_seeded_and_whole():
     assert len(Trajectories.from_minari(dataset, 1 / dataset.total_episodes, 0).returns) == 1
     with pytest.raises(InputError, match="of 183 trajectories is none"):
         Trajectories.from_minari(dataset, 0.005, 0)
-
-
-def test_delayed_reward_comes_at_the_end():
-    dataset = minari.MinariDataset(HOPPER)
     plain, delayed = (Trajectories.from_minari(dataset, 0.05, 0, delayed) for delayed in (False, True))
     np.testing.assert_allclose(plain.returns, delayed.returns)
     assert torch.equal(plain.states, delayed.states) and not torch.equal(plain.returns_to_go, delayed.returns_to_go)
@@ -533,21 +503,17 @@ def test_infinite_and_constant_dimensions_give_finite_actions():
     batch["states"][0, 2, 1] = math.nan  # what is no number is not hidden
     inputs = [batch[name] for name in HISTORY]
     assert model.eval().predict(*inputs)[0, 2].isnan().all()
-    for which in range(3):
-        broken = [[array.copy() for array in part] for part in some_trajectories()]
-        broken[which][2][3] = np.nan
-        with pytest.raises(InputError, match="NaN"):
-            Trajectories(*broken)
+    rewards[0][2] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        Trajectories(observations, actions, rewards)
 
 
 # ---------------------------------------------------------------------------- text
-
-
 def text_config(lm_folder, text, block=16):
     return replace(Config(), lm=str(lm_folder), text=str(text), text_block=block)
 
 
-def test_text_is_cropped_held_out_and_cached(tmp_path, lm_folder):
+def test_text_is_cropped_and_held_out(tmp_path, lm_folder):
     (tmp_path / "words.txt").write_text((WORDS + "\n") * 200)
     text = lamo.load_text(text_config(lm_folder, tmp_path / "words.txt"))
     whole = np.concatenate([text.tokens, text.held_out])
@@ -557,15 +523,6 @@ def test_text_is_cropped_held_out_and_cached(tmp_path, lm_folder):
     batch = text.batch(50)
     assert batch.shape == (50, 16) and batch.dtype == torch.int64
     assert all(tuple(row.tolist()) in crops for row in batch)
-    (cached,) = (tmp_path / "cache" / "lamo").iterdir()
-    modified = cached.stat().st_mtime_ns
-    again = lamo.load_text(text_config(lm_folder, tmp_path / "words.txt"))
-    assert np.array_equal(again.tokens, text.tokens) and cached.stat().st_mtime_ns == modified
-    (tmp_path / "words.txt").write_text(WORDS * 100)  # another text of this name
-    assert len(lamo.load_text(text_config(lm_folder, tmp_path / "words.txt")).tokens) < len(text.tokens)
-
-
-def test_every_crop_is_drawn():
     tokens = np.arange(20, dtype=np.uint16)
     text = Text(tokens, tokens, 16)
     torch.manual_seed(0)
@@ -589,8 +546,6 @@ def test_held_out_loss_is_the_mean_over_its_blocks(lm_folder):
 
 
 # ---------------------------------------------------------------------------- training
-
-
 def test_learning_rate_warms_up_then_stays_or_falls():
     config = replace(Config(), lr=2.0, warmup=10, steps=110)
     rates = [lamo.learning_rate(step, config) for step in range(110)]
@@ -641,14 +596,13 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters()):
         torch.testing.assert_close(ours, theirs, msg=name)
 
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = read_log(out)
     assert lines[0] == json.loads(json.dumps(header)) and len(lines) == 7
     for (begin, end), line, evaluated in zip(((0, 3), (3, 6), (6, 7)), lines[1::2], lines[2::2]):
         means = np.mean(losses[begin:end], axis=0)
         assert line["step"] == evaluated["step"] == end
-        assert [line[name] for name in ("action_loss", "language_loss", "gradient_norm")] == pytest.approx(
-            means, rel=1e-4
-        )
+        logged = [line[name] for name in ("action_loss", "language_loss", "gradient_norm")]
+        assert logged == pytest.approx(means, rel=1e-4)
     assert lines[-1]["evaluation"] == scores and set(scores) == {"300", "50"}
     again = evaluation.evaluate(expected, environments, (300.0, 50.0), 1, 50_000, (0, 100))
     for target, row in scores.items():
@@ -658,25 +612,19 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
 
 def test_loss_is_logged_every_50_steps(tmp_path):
     run = hopper_run(tmp_path / "run")
-    config = replace(run[4], steps=101, eval_every=500, batch=1, text_batch=1)
-    lamo.train(*run[:4], config, *run[5:])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line.get("step") for line in lines] == [None, 50, 100, 101, 101]
+    lamo.train(*run[:4], replace(run[4], steps=101, eval_every=500, batch=1, text_batch=1), *run[5:])
+    assert [line.get("step") for line in read_log(tmp_path / "run")] == [None, 50, 100, 101, 101]
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = hopper_run(tmp_path / "run")
-    with pytest.raises(
-        InputError, match="is (nan|inf) in step .; try a smaller --lr .the last good checkpoint, of step 0, is in"
-    ):
+    with pytest.raises(InputError, match="is (nan|inf) in step .; try a smaller --lr .*checkpoint, of step 0, is in"):
         lamo.train(*run[:4], replace(run[4], lr=1e30, warmup=0, eval_every=1000), *run[5:])
     weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
 # ---------------------------------------------------------------------------- evaluation
-
-
 class Script(torch.nn.Module):
     """A policy that depends on all of its window, row by row, so that a batch changes no bit of it."""
 
@@ -694,34 +642,24 @@ class Script(torch.nn.Module):
         return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
-    "delayed, limit, max_timesteps", [(False, 99, 99), (True, 99, 99), (False, 20, 99), (False, 99, 20)]
-)
-def test_rollout_equals_one_environment_at_a_time(delayed, limit, max_timesteps):
+@pytest.mark.parametrize("delayed, limit, longest", [(False, 99, 99), (True, 99, 99), (False, 20, 99), (False, 99, 20)])
+def test_rollout_equals_one_environment_at_a_time(delayed, limit, longest):
     policy, targets, episodes, seed = Script(), (300.0, 50.0), 4, 7
-    policy.max_timesteps = max_timesteps
+    policy.max_timesteps = longest
     spec = gym.make("Hopper-v5", max_episode_steps=limit).spec
     environments = Environments(spec, alive=3)  # more episodes than environments
     returns, lengths = evaluation.rollout(policy, environments, targets, episodes, seed, delayed)
     assert len(environments.envs) == 3
-    assert len(set(lengths.flatten())) > 1 and (lengths.max() == 20) == (
-        limit + max_timesteps < 198
-    )  # ends of all kinds
+    assert len(set(lengths.flatten())) > 1 and (lengths.max() == 20) == (20 in (limit, longest))  # ends of all kinds
     env = gym.make(spec)
     for i, target in enumerate(targets):
         for episode in range(episodes):
             observation, _ = env.reset(seed=seed + episode)
             rtg, states, actions, total = [target], [observation], [], 0.0
             for t in range(policy.max_timesteps):
-                window = slice(max(0, t - 3), t + 1)
-                padded = actions + [np.zeros(3, np.float32)]
-                action = policy.act(
-                    torch.tensor(rtg, dtype=torch.float32)[None, window],
-                    torch.tensor(np.array(states), dtype=torch.float32)[None, window],
-                    torch.tensor(np.array(padded))[None, window],
-                    torch.arange(t + 1)[None, window],
-                    torch.tensor([min(t + 1, 4)]),
-                )
+                parts = [np.array(part, np.float32) for part in (rtg, states, [*actions, np.zeros(3)])]
+                window = [torch.from_numpy(part)[None, max(0, t - 3) :] for part in [*parts, np.arange(t + 1)]]
+                action = policy.act(*window, torch.tensor([min(t + 1, 4)]))
                 action = np.clip(action[0].detach().numpy(), -1, 1)
                 observation, reward, terminated, truncated, _ = env.step(action)
                 total += reward
@@ -842,7 +780,6 @@ def test_reacher2d_starts_pays_and_ends_as_the_authors():
 
 
 # ---------------------------------------------------------------------------- the command line
-
 SHORT = "--demo --ratio 0.1 --steps 4 --batch 4 --text-block 32 --episodes 1 --targets 1500 800"
 
 
@@ -859,8 +796,7 @@ def command(script, *arguments, **environment):
 def trained(tmp_path_factory, lm_folder):
     """A short run with a language model of our own, through the command line."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    cache = str(tmp_path_factory.mktemp("cache"))
-    result = command(f"{HERE}/lamo.py", *SHORT.split(), "--lm", lm_folder, "--out", folder, XDG_CACHE_HOME=cache)
+    result = command(f"{HERE}/lamo.py", *SHORT.split(), "--lm", lm_folder, "--out", folder)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -887,10 +823,6 @@ def test_command_line_from_start_to_end(trained, lm_folder):
     assert lines[-1]["evaluation"] == scores["targets"]
     assert printed.count("DEMO ASSETS") == 2 and f"{scores['best']['return_mean']:.1f}" in printed
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "log.jsonl", "scores.json"]
-
-
-def test_checkpoint_holds_what_trains_and_acts_the_same(trained):
-    folder, _ = trained
     weights = torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
     assert "gpt2.h.0.attn.c_attn.A" in weights and "gpt2.wte.weight" not in weights
     policy, config, header = lamo.load(folder)
@@ -900,33 +832,7 @@ def test_checkpoint_holds_what_trains_and_acts_the_same(trained):
     assert again == read_scores(folder)["targets"]
 
 
-def test_eval_command_and_video(trained, tmp_path):
-    folder, _ = trained
-    result = command(f"{HERE}/eval.py", folder, "--targets", 1500, "--video", tmp_path / "out.gif")
-    if "cannot render" in result.stderr:
-        pytest.skip("this machine has no OpenGL")
-    assert result.returncode == 0, result.stderr
-    row = read_scores(folder)["targets"]["1500"]
-    assert f"{row['return_mean']:.1f}" in result.stdout
-    with Image.open(tmp_path / "out.gif") as image:
-        assert image.info["duration"] == 40 and image.n_frames == math.ceil(row["length_mean"] / 5)  # Hopper: 125 Hz
-        first = np.asarray(image.convert("RGB")).astype(int)
-        image.seek(image.n_frames - 1)
-        assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
-
-
-def test_runs_never_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    lamo.main(f"{SHORT} --method dt".split())
-    before = (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text()
-    with pytest.raises(InputError, match="go on with --resume runs/hopper-dt-0.1-0-demo, or choose another --out"):
-        lamo.main(f"{SHORT} --method dt".split())
-    assert (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text() == before
-
-
 # ---------------------------------------------------------------------------- stopping and going on
-
-
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     """It dies each time it evaluates or saves, and goes on from what is in its folder."""
     monkeypatch.setattr(lamo, "LOG_EVERY", 2)
@@ -963,23 +869,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    model, *_, header, out = run = hopper_run(tmp_path / "run")
-    lamo.train(*run)
-    before = (out / "checkpoint.pt").read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="free some space, then go on with --resume .*No space left on device"):
-        lamo.save(out / "checkpoint.pt", model, header, {})
-    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.partial"))
-
-
 # ---------------------------------------------------------------------------- other tasks
-
-
 def save_dataset(name, env, episodes, **spaces):
     """Write (observations, actions, rewards) as a Minari dataset; people's demonstrations end in truncation."""
     buffers = [
@@ -1061,54 +951,6 @@ def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
     assert best["score"] == 25 * best["return_mean"]
 
 
-RANGES = {"Pusher-v5": 2.0, "InvertedPendulum-v5": 3.0, "eval:lamo/Reacher2d-v0": 1.0}
-
-
-@pytest.mark.parametrize("env_id", RANGES)
-def test_any_dataset_brings_its_environment(env_id, tmp_path, lm_folder):
-    env, episodes = gym.make(env_id), []
-    for seed in range(4):
-        env.action_space.seed(seed)
-        observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
-        for _ in range(1 + seed):
-            actions.append(env.action_space.sample())
-            observation, reward, *_ = env.step(actions[-1])
-            observations.append(observation)
-            rewards.append(reward)
-        episodes.append((np.array(observations), actions, rewards))
-    folder, out = save_dataset("test/any-v0", env, episodes), tmp_path / "run"
-    options = "--demo --steps 2 --ratio 0.5 --text-block 32 --episodes 1 --delayed"
-    lamo.main(f"{options} --data {folder} --lm {lm_folder} --out {out}".split())
-    policy, config, header = lamo.load(out)
-    assert policy.action_radius.tolist() == [RANGES[env_id]] * len(policy.action_radius)
-    returns = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 0.5, 0).returns
-    best, largest = returns.max(), max(*abs(returns), 1e-3)
-    half = best / 2 if best > 0 else 2 * best  # of a negative return, half is more
-    assert config.targets == pytest.approx((best, half) if best else (0,)) and config.context == 20
-    scale = header["shape"]["return_scale"]
-    assert 0.3 < largest / scale < 3.2 and math.log10(scale) == round(math.log10(scale))
-    row = read_scores(out)["best"]
-    assert header["reference"] == (0, 100) and row["score"] == pytest.approx(row["return_mean"])
-
-
-def test_a_dataset_whose_environment_cannot_be_made_takes_that_of_env(tmp_path):
-    rng = np.random.default_rng(0)
-    episodes = [(rng.normal(size=(6, 11)), rng.uniform(-1, 1, (5, 3)), np.ones(5)) for _ in range(3)]
-    spaces = {"observation_space": gym.spaces.Box(-9, 9, (11,)), "action_space": gym.spaces.Box(-1, 1, (3,))}
-    folder = save_dataset("test/lost-v0", None, episodes, **spaces)
-    lamo.main(f"{SHORT} --ratio 1 --env hopper --data {folder} --method dt --out {tmp_path / 'run'}".split())
-    assert "Hopper-v5" in read_log(tmp_path / "run")[0]["env_spec"]
-
-
-def test_tasks_are_the_papers():
-    kitchen = (5, 4, 3, 2, 1), 1, 20, 280
-    assert {name: (*task[2:5], gym.make(task.env_id).spec.max_episode_steps) for name, task in lamo.TASKS.items()} == {
-        "hopper": ((3600, 2600, 2200, 1800), 1000, 20, 1000), "halfcheetah": ((12000, 8000, 6000, 4500), 1000, 20, 1000),
-        "walker2d": ((5000, 4000, 3000, 2500), 1000, 20, 1000), "kitchen-complete": kitchen, "kitchen-partial": kitchen,
-        "kitchen-mixed": kitchen, "reacher2d": ((76, 40), 10, 5, 100),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name, method", [*((name, "lamo") for name in lamo.TASKS), ("hopper", "dt"), ("hopper", "wiki-rl")])  # fmt: skip
 def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folder):
     lm = f"--lm {lm_folder}" if method != "dt" else ""
@@ -1125,8 +967,6 @@ def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folde
 
 
 # ---------------------------------------------------------------------------- where assets come from
-
-
 def test_without_a_gpu_the_demo_is_taken_loudly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = lamo.configure({})
@@ -1146,48 +986,8 @@ def test_without_the_hub_the_demo_is_taken(monkeypatch):
     assert config.demo is None and config.steps == 100_000 and config.data == lamo.TASKS["reacher2d"].data
 
 
-@pytest.mark.parametrize(
-    "named, words",
-    [
-        ("--lm gpt2", "of gpt2 here, nor from the Hugging Face hub"),
-        ("--data mujoco/hopper/medium-v0 --method dt", "of farama-minari/mujoco here, nor from"),
-        ("--text wikitext --lm {lm} --demo --steps 1", "of Salesforce/wikitext here, nor from"),
-        ("--device cpu", "of gpt2 here, nor from"),
-    ],
-)
-def test_what_was_named_is_never_replaced(tmp_path, lm_folder, named, words):
-    with pytest.raises(InputError, match=words):
-        lamo.main([*named.format(lm=lm_folder).split(), "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-    config = lamo.configure({"method": "dt", "data": str(HOPPER.parent)})
-    assert config.demo is None and config.steps == 100_000 and config.env is None
-
-
-def test_import_has_no_side_effects(tmp_path):
-    code = "from lamo import GPT2, LoRALinear, LaMo, Trajectories, Text; import sys; assert 'transformers' not in sys.modules"
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
-
-
 # ---------------------------------------------------------------------------- bad input
-
-
-def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
-    for script, *arguments in (
-        ("lamo.py", "--env", "humanoid"),
-        ("eval.py", tmp_path),
-        ("eval.py", tmp_path, "--seed=-1"),
-    ):
-        result = command(f"{HERE}/{script}", *arguments)
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-        assert result.stderr.startswith(f"{script}: error: ")
-
-
 # ---------------------------------------------------------------------------- CUDA
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees_with_cpu(trained):
     on_cpu, _, _ = lamo.load(trained[0], "cpu")

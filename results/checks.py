@@ -8,6 +8,7 @@ import contextlib
 import http.server
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,13 +29,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel
 
 import eval as evaluation
 import lamo
-from lamo import Config, InputError
-from test_lamo import HERE, HOPPER, SHORT, WORDS, command, read_scores, save_dataset
+from lamo import GPT2, Config, InputError, Trajectories
+from test_lamo import HERE, HOPPER, SHORT, WORDS, command, hopper_run, read_log, read_scores, save_dataset
 
 pytest_plugins = "test_lamo"  # for its fixtures
 
@@ -322,3 +326,137 @@ def test_any_command_line_is_refused_in_words_or_understood(arguments):
         patch.setattr(Path, "mkdir", lambda *_, **__: None)
         with contextlib.redirect_stdout(io.StringIO()):
             lamo.main(["--demo", *arguments])
+
+
+def test_demo_model_equals_transformers_and_knows_english():
+    folder = HERE / "demo" / "gpt2-tiny"
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = GPT2.from_pretrained("demo/gpt2-tiny").eval()
+    sentence = "Return True if the object is a subclass of the given class, and False otherwise."
+    tokens = torch.tensor([Tokenizer.from_file(str(folder / "tokenizer.json")).encode(sentence).ids])
+    with torch.no_grad():
+        hidden = theirs.transformer(tokens).last_hidden_state
+        torch.testing.assert_close(ours.hidden(tokens), hidden, atol=1e-4, rtol=0)
+        assert theirs(tokens, labels=tokens).loss < math.log(4096) - 3  # trained: far below a uniform guess
+
+
+def test_eval_command_and_video(trained, tmp_path):
+    folder, _ = trained
+    result = command(f"{HERE}/eval.py", folder, "--targets", 1500, "--video", tmp_path / "out.gif")
+    if "cannot render" in result.stderr:
+        pytest.skip("this machine has no OpenGL")
+    assert result.returncode == 0, result.stderr
+    row = read_scores(folder)["targets"]["1500"]
+    assert f"{row['return_mean']:.1f}" in result.stdout
+    with Image.open(tmp_path / "out.gif") as image:
+        assert image.info["duration"] == 40 and image.n_frames == math.ceil(row["length_mean"] / 5)  # Hopper: 125 Hz
+        first = np.asarray(image.convert("RGB")).astype(int)
+        image.seek(image.n_frames - 1)
+        assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    model, *_, header, out = run = hopper_run(tmp_path / "run")
+    lamo.train(*run)
+    before = (out / "checkpoint.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="free some space, then go on with --resume .*No space left on device"):
+        lamo.save(out / "checkpoint.pt", model, header, {})
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.partial"))
+
+
+RANGES = {"Pusher-v5": 2.0, "InvertedPendulum-v5": 3.0, "eval:lamo/Reacher2d-v0": 1.0}
+
+
+@pytest.mark.parametrize("env_id", RANGES)
+def test_any_dataset_brings_its_environment(env_id, tmp_path, lm_folder):
+    env, episodes = gym.make(env_id), []
+    for seed in range(4):
+        env.action_space.seed(seed)
+        observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
+        for _ in range(1 + seed):
+            actions.append(env.action_space.sample())
+            observation, reward, *_ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        episodes.append((np.array(observations), actions, rewards))
+    folder, out = save_dataset("test/any-v0", env, episodes), tmp_path / "run"
+    options = "--demo --steps 2 --ratio 0.5 --text-block 32 --episodes 1 --delayed"
+    lamo.main(f"{options} --data {folder} --lm {lm_folder} --out {out}".split())
+    policy, config, header = lamo.load(out)
+    assert policy.action_radius.tolist() == [RANGES[env_id]] * len(policy.action_radius)
+    returns = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 0.5, 0).returns
+    best, largest = returns.max(), max(*abs(returns), 1e-3)
+    half = best / 2 if best > 0 else 2 * best  # of a negative return, half is more
+    assert config.targets == pytest.approx((best, half) if best else (0,)) and config.context == 20
+    scale = header["shape"]["return_scale"]
+    assert 0.3 < largest / scale < 3.2 and math.log10(scale) == round(math.log10(scale))
+    row = read_scores(out)["best"]
+    assert header["reference"] == (0, 100) and row["score"] == pytest.approx(row["return_mean"])
+
+
+def test_a_dataset_whose_environment_cannot_be_made_takes_that_of_env(tmp_path):
+    rng = np.random.default_rng(0)
+    episodes = [(rng.normal(size=(6, 11)), rng.uniform(-1, 1, (5, 3)), np.ones(5)) for _ in range(3)]
+    spaces = {"observation_space": gym.spaces.Box(-9, 9, (11,)), "action_space": gym.spaces.Box(-1, 1, (3,))}
+    folder = save_dataset("test/lost-v0", None, episodes, **spaces)
+    lamo.main(f"{SHORT} --ratio 1 --env hopper --data {folder} --method dt --out {tmp_path / 'run'}".split())
+    assert "Hopper-v5" in read_log(tmp_path / "run")[0]["env_spec"]
+
+
+@pytest.mark.parametrize(
+    "named, words",
+    [
+        ("--lm gpt2", "of gpt2 here, nor from the Hugging Face hub"),
+        ("--data mujoco/hopper/medium-v0 --method dt", "of farama-minari/mujoco here, nor from"),
+        ("--text wikitext --lm {lm} --demo --steps 1", "of Salesforce/wikitext here, nor from"),
+        ("--device cpu", "of gpt2 here, nor from"),
+    ],
+)
+def test_what_was_named_is_never_replaced(tmp_path, lm_folder, named, words):
+    with pytest.raises(InputError, match=words):
+        lamo.main([*named.format(lm=lm_folder).split(), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    config = lamo.configure({"method": "dt", "data": str(HOPPER.parent)})
+    assert config.demo is None and config.steps == 100_000 and config.env is None
+
+
+def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
+    for script, *arguments in (
+        ("lamo.py", "--env", "humanoid"),
+        ("eval.py", tmp_path),
+        ("eval.py", tmp_path, "--seed=-1"),
+    ):
+        result = command(f"{HERE}/{script}", *arguments)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.stderr.startswith(f"{script}: error: ")
+
+
+def test_runs_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lamo.main(f"{SHORT} --method dt".split())
+    before = (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text()
+    with pytest.raises(InputError, match="go on with --resume runs/hopper-dt-0.1-0-demo, or choose another --out"):
+        lamo.main(f"{SHORT} --method dt".split())
+    assert (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text() == before
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = "from lamo import GPT2, LoRALinear, LaMo, Trajectories, Text; import sys; assert 'transformers' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tasks_are_the_papers():
+    kitchen = (5, 4, 3, 2, 1), 1, 20, 280
+    assert {name: (*task[2:5], gym.make(task.env_id).spec.max_episode_steps) for name, task in lamo.TASKS.items()} == {
+        "hopper": ((3600, 2600, 2200, 1800), 1000, 20, 1000), "halfcheetah": ((12000, 8000, 6000, 4500), 1000, 20, 1000),
+        "walker2d": ((5000, 4000, 3000, 2500), 1000, 20, 1000), "kitchen-complete": kitchen, "kitchen-partial": kitchen,
+        "kitchen-mixed": kitchen, "reacher2d": ((76, 40), 10, 5, 100),
+    }  # fmt: skip

@@ -40,9 +40,7 @@ def train(job):
     folder = HERE / "runs" / f"{env}-{ratio}{options[1:]}-{method}-{seed}"
     if not (folder / "scores.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-        command = (
-            f"lamo.py --env {env} --ratio {ratio} {options} --method {method} --seed {seed} --demo --out {folder}"
-        )
+        command = f"lamo.py --env {env} --ratio {ratio} {options} --method {method} --seed {seed} --demo --out {folder}"
         with open(f"{folder}.txt", "w") as output:
             subprocess.run(
                 [sys.executable, *command.split()], cwd=HERE.parent, stdout=output, stderr=subprocess.STDOUT, check=True,
