@@ -76,6 +76,30 @@ def on_error(advice):
 
 
 # ---------------------------------------------------------------------------- configuration
+# Tasks as the authors' code has them: Gymnasium's id, Minari dataset, returns to ask for in evaluation, return_scale,
+# K, and the returns that score 0 and 100: D4RL's random and expert policy (Fu et al. 2020).
+Task = namedtuple("Task", "env_id data targets return_scale context reference")
+KITCHEN = "gymnasium_robotics:FrankaKitchen-v1"
+TASKS = {
+    "hopper": Task("Hopper-v5", "mujoco/hopper/medium-v0", (3600, 2600, 2200, 1800), 1000, 20, (-20.272305, 3234.3)),
+    "halfcheetah": Task("HalfCheetah-v5", "mujoco/halfcheetah/medium-v0", (12000, 8000, 6000, 4500), 1000, 20, (-280.178953, 12135.0)),
+    "walker2d": Task("Walker2d-v5", "mujoco/walker2d/medium-v0", (5000, 4000, 3000, 2500), 1000, 20, (1.629008, 4592.3)),
+    "kitchen-complete": Task(KITCHEN, "D4RL/kitchen/complete-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
+    "kitchen-partial": Task(KITCHEN, "D4RL/kitchen/partial-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
+    "kitchen-mixed": Task(KITCHEN, "D4RL/kitchen/mixed-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
+    # The authors' data for this task is not on Minari; ours is used, with a network or without.
+    "reacher2d": Task("eval:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),
+}  # fmt: skip
+
+METHODS = {
+    "lamo": {},
+    # Decision Transformer (Chen et al. 2021): small, from scratch, no text
+    "dt": {"lm": "none", "lang_coef": 0.0, "layers": 3, "width": 128, "heads": 1, "lora_rank": 0, "train_trunk": True, "embed": "linear"},
+    # "Can Wikipedia Help Offline Reinforcement Learning?" (Reid et al. 2022); of its losses, the language loss alone
+    "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},
+}  # fmt: skip
+
+
 def option(default, help, least=None, most=math.inf, **how):
     """A field of Config, with argparse's keywords for its flag; with `least`, a number from `least` to `most`."""
     kind = float if default is None else type(default)
@@ -98,13 +122,13 @@ class Config:
     """Every setting of a run; the command line is made from it. The defaults are those of the authors' runs."""
 
     # the task and its data
-    env: str | None = option("hopper", "task, a row of TASKS; with --data alone, the environment that the data names")
+    env: str | None = option("hopper", "task; with --data alone, the environment that the data names", choices=TASKS)
     data: str | None = option(None, "Minari dataset id, or folder; None: the task's")
     ratio: float = option(1.0, "share of the dataset's trajectories to train on", 1e-9, 1)
     context: int = option(0, "K, time steps that the policy sees; 0: the task's", 0)
     delayed: bool = option(False, "move each trajectory's reward to its last step", action="store_true")
     # the method
-    method: str = option("lamo", "preset for the options of this block", choices=("lamo", "dt", "wiki-rl"))
+    method: str = option("lamo", "preset for the options of this block", choices=METHODS)
     lm: str = option("gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights, without text")
     lora_rank: int = option(16, "r of LoRA; 0: no LoRA", 0)
     lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", 0)
@@ -138,33 +162,10 @@ class Config:
     demo: str | None = option(None, "all of demo/, where not named", action="store_const", const=f"{NOTICE} (--demo)")
 
 
-METHODS = {
-    "lamo": {},
-    # Decision Transformer (Chen et al. 2021): small, from scratch, no text
-    "dt": {"lm": "none", "lang_coef": 0.0, "layers": 3, "width": 128, "heads": 1, "lora_rank": 0, "train_trunk": True, "embed": "linear"},
-    # "Can Wikipedia Help Offline Reinforcement Learning?" (Reid et al. 2022); of its losses, the language loss alone
-    "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},
-}  # fmt: skip
-
 # Small enough for minutes on two CPU cores; a task's dataset is demo/lamo/<env>/demo-v0.
 DEMO = {
     "lm": "demo/gpt2-tiny", "text": "demo/text.txt", "layers": 3, "width": 128, "heads": 4, "dropout": 0.0,
     "text_block": 256, "steps": 1000, "batch": 32, "lr": 1e-3, "lr_schedule": "cosine", "warmup": 100, "eval_every": 1000,
-}  # fmt: skip
-
-# Tasks as the authors' code has them: Gymnasium's id, Minari dataset, returns to ask for in evaluation, return_scale,
-# K, and the returns that score 0 and 100: D4RL's random and expert policy (Fu et al. 2020).
-Task = namedtuple("Task", "env_id data targets return_scale context reference")
-KITCHEN = "gymnasium_robotics:FrankaKitchen-v1"
-TASKS = {
-    "hopper": Task("Hopper-v5", "mujoco/hopper/medium-v0", (3600, 2600, 2200, 1800), 1000, 20, (-20.272305, 3234.3)),
-    "halfcheetah": Task("HalfCheetah-v5", "mujoco/halfcheetah/medium-v0", (12000, 8000, 6000, 4500), 1000, 20, (-280.178953, 12135.0)),
-    "walker2d": Task("Walker2d-v5", "mujoco/walker2d/medium-v0", (5000, 4000, 3000, 2500), 1000, 20, (1.629008, 4592.3)),
-    "kitchen-complete": Task(KITCHEN, "D4RL/kitchen/complete-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
-    "kitchen-partial": Task(KITCHEN, "D4RL/kitchen/partial-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
-    "kitchen-mixed": Task(KITCHEN, "D4RL/kitchen/mixed-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
-    # The authors' data for this task is not on Minari; ours is used, with a network or without.
-    "reacher2d": Task("eval:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),
 }  # fmt: skip
 
 
@@ -187,14 +188,10 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 
-    def merged(self):
-        """W + (alpha / r) B A, (out, in): one linear layer that does the same, but for dropout."""
-        return self.weight + self.scale * (self.B @ self.A).flatten(0, 1)
-
     def forward(self, x):
         """(..., in) -> (..., out)"""
-        if not self.training:
-            return F.linear(x, self.merged(), self.bias)
+        if not self.training:  # one layer does it all
+            return F.linear(x, self.weight + self.scale * (self.B @ self.A).flatten(0, 1), self.bias)
         low = F.linear(self.dropout(x), self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (..., parts, r)
         update = torch.einsum("...pr,por->...po", low, self.B).flatten(-2)  # (..., out)
         return F.linear(x, self.weight, self.bias) + self.scale * update
@@ -365,10 +362,6 @@ class LaMo(nn.Module):
         self.register_buffer("action_center", (high + low).float() / 2)
         self.register_buffer("action_radius", (high - low).float() / 2)
 
-    def scale_actions(self, actions):
-        """Actions of the environment -> actions in [-1, 1], which the model reads and predicts."""
-        return (actions - self.action_center) / self.action_radius
-
     def tokens(self, returns_to_go, states, actions, timesteps):
         """Windows (B, K), (B, K, S), (B, K, A), (B, K), in the environment's units -> their tokens (B, 3 K, D).
 
@@ -379,7 +372,7 @@ class LaMo(nn.Module):
         tokens = [
             self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale),
             self.embed_state(states),
-            self.embed_action(self.scale_actions(actions)),
+            self.embed_action((actions - self.action_center) / self.action_radius),
         ]
         tokens = self.embed_ln(torch.stack(tokens, dim=2)) + self.embed_timestep(timesteps).unsqueeze(2)  # (B, K, 3, D)
         return tokens.flatten(1, 2)
@@ -403,7 +396,8 @@ class LaMo(nn.Module):
     def action_loss(self, batch):
         """Mean over the real steps of a batch of Trajectories, and over A, of the squared error in actions."""
         predicted = self.predict(batch["returns_to_go"], batch["states"], batch["actions"], batch["timesteps"])
-        error = (predicted - self.scale_actions(batch["actions"])).square().mean(dim=-1)  # (B, K)
+        actions = (batch["actions"] - self.action_center) / self.action_radius  # in [-1, 1]
+        error = (predicted - actions).square().mean(dim=-1)  # (B, K)
         return (error * batch["mask"]).sum() / batch["mask"].sum()
 
     def language_loss(self, tokens):
@@ -540,19 +534,14 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     """
     optimizer = make_optimizer(model, config)
     start, log_size, recent = 0, 0, {}  # recent: what training_step returned since the last line of the log
-    saved_at, saved_step = -math.inf, 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, log_size, recent = checkpoint["step"], checkpoint["log_size"], checkpoint["recent"]
+    saved_at = -math.inf
     model.train()
-    stop = []
-
-    def finish_step(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-
-    signal.signal(signal.SIGINT, finish_step)
-    signal.signal(signal.SIGTERM, finish_step)
+    stop = []  # a first signal lets the step finish, a second one ends the run at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(True))
     with open(out / "log.jsonl", "a") as log:
         log.truncate(log_size)
         progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start, mininterval=1)
@@ -568,7 +557,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             if evaluating or stop or time.monotonic() > saved_at + SAVE_EVERY:
                 state = {"optimizer": optimizer.state_dict(), "step": step, "log_size": log.tell(), "recent": recent}
                 save(out / "checkpoint.pt", model, header, state)
-                saved_at, saved_step = time.monotonic(), step
+                saved_at, saved = time.monotonic(), step
             if stop:
                 sys.exit(f"stopped after {step} steps; go on with: python lamo.py --resume {out}")
             if evaluating:
@@ -581,7 +570,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             for name, value in training_step(model, optimizer, trajectories, text, step, config).items():
                 recent.setdefault(name, []).append(value)
                 if not math.isfinite(value):
-                    last = f"the last good checkpoint, of step {saved_step}, is in {out}"
+                    last = f"the last good checkpoint, of step {saved}, is in {out}"
                     raise InputError(f"{name} is {value} in step {step + 1}; try a smaller --lr ({last})")
 
 
@@ -615,19 +604,20 @@ def tokenize(path, tokenizer):
     return np.concatenate(parts)
 
 
-def load_text(config):
-    """The Text that a Config asks for. WikiText-103 holds out its validation split, a file its last tenth."""
-    with on_error(f"cannot use the text {config.text}; give a UTF-8 file with --text"):
-        tokenizer = Tokenizer.from_file(str(find_file(config.lm, "tokenizer.json")))
-        if config.text == "wikitext":
+@functools.cache
+def load_text(lm, text, block):
+    """The Text of a file, which holds out its last tenth, or of WikiText-103, which holds out its validation split."""
+    with on_error(f"cannot use the text {text}; give a UTF-8 file with --text"):
+        tokenizer = Tokenizer.from_file(str(find_file(lm, "tokenizer.json")))
+        if text == "wikitext":
             names = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
             files = [f"wikitext-103-raw-v1/{name}.parquet" for name in names]
             paths = [find_file("Salesforce/wikitext", file, "dataset") for file in files]
             *train, held_out = (tokenize(path, tokenizer) for path in paths)
         else:
-            tokens = tokenize(Path(config.text) if Path(config.text).exists() else HERE / config.text, tokenizer)
+            tokens = tokenize(Path(text) if Path(text).exists() else HERE / text, tokenizer)
             *train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
-        return Text(np.concatenate(train), held_out, config.text_block)
+        return Text(np.concatenate(train), held_out, block)
 
 
 def load_dataset(name):
@@ -735,8 +725,6 @@ def configure(given):
         if Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())  # to be found from another folder, too
     config = Config(**METHODS[given.get("method", "lamo")] | given)
-    if config.env not in [*TASKS, None]:
-        raise InputError(f"unknown --env {config.env}; choose one of {', '.join(TASKS)}, or give a dataset with --data")
     named = given.keys() & {"lm", "data", "text", "device"}  # is never replaced
     why = None if config.demo or named else out_of_reach(config)
     if why:
@@ -753,8 +741,7 @@ def configure(given):
 def out_of_reach(config):
     """Why the authors' run cannot start here, in words; None if it can: all that it needs has been fetched then."""
     if not torch.cuda.is_available():
-        matrix = torch.rand(2048, 2048)
-        seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3)) / (2 * 2048**3)  # for one operation
+        seconds = min(timeit.repeat("m @ m", "m = torch.rand(2048, 2048)", number=1, globals=globals())) / (2 * 2048**3)
         tokens = config.batch * 3 * 20 + config.text_batch * config.text_block * (config.lang_coef > 0)
         operations = (6 if config.train_trunk else 4) * 12 * config.layers * config.width**2 * tokens * config.steps
         return f"no GPU: {config.steps:,} steps would take {operations * seconds / 3600:,.0f} hours or more"
@@ -763,7 +750,7 @@ def out_of_reach(config):
         for filename in ("config.json", "model.safetensors") if config.lm != "none" else ():
             find_file(config.lm, filename)
         if config.lang_coef > 0:
-            load_text(config)
+            load_text(config.lm, config.text, config.text_block)
     except InputError as error:
         return str(error)
 
@@ -795,7 +782,7 @@ def run(config, out, checkpoint=None):
         "actions": [environments.action_space.low.tolist(), environments.action_space.high.tolist()],
     }
     model = build_model(config, shape)
-    text = load_text(config) if config.lang_coef > 0 else None
+    text = load_text(config.lm, config.text, config.text_block) if config.lang_coef > 0 else None
     recorded = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
     reference = recorded if None not in recorded else task.reference if task else (0, 100)
     arrays = trajectories.states, trajectories.actions, trajectories.returns_to_go

@@ -267,7 +267,7 @@ BAD_INPUT = {
         --grad-clip 0|--nonsense|--method bc|--embed conv|--lr-schedule linear|--dropout 2|--lora-dropout -1|--targets
         --targets x|--targets nan|--episodes 0|--lora-rank -1|--lr -1|--lr nan|--batch 0|--context -1|--text-block 1
         --eval-every 0|--warmup -1|--lang-coef -1|--weight-decay -1|--layers 0|--width 0|--heads 0|--env|extra
-        --env humanoid: choose one of hopper|--ratio 0.0001: is none|--device cuda:99: --device cuda:99|--device tpu: --device
+        --env humanoid: choose from hopper|--ratio 0.0001: is none|--device cuda:99: --device cuda:99|--device tpu: --device
         --lm none: add --lang-coef 0|--lm none --lang-coef 0 --heads 3: 128 is not a multiple of 3 heads
         --data {bad}/nowhere: nowhere|--data {bad}/folder: folder|--data {bad}/cut-data: cut-data|--data {bad}/nan: NaN
         --data {bad}/empty-data: empty-data|--data {bad}/no-episodes: is none|--data {bad}/metadata-alone: metadata-alone
@@ -460,3 +460,12 @@ def test_tasks_are_the_papers():
         "walker2d": ((5000, 4000, 3000, 2500), 1000, 20, 1000), "kitchen-complete": kitchen, "kitchen-partial": kitchen,
         "kitchen-mixed": kitchen, "reacher2d": ((76, 40), 10, 5, 100),
     }  # fmt: skip
+
+
+def test_without_the_hub_the_demo_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for options in ({}, {"method": "dt"}, {"env": "reacher2d"}):
+        config = lamo.configure(options)
+        assert "Hugging Face hub" in config.demo and config.steps == 1000
+    config = lamo.configure({"env": "reacher2d", "method": "dt"})
+    assert config.demo is None and config.steps == 100_000 and config.data == lamo.TASKS["reacher2d"].data
