@@ -12,12 +12,7 @@ and four parts make it LaMo, each in one place below:
   3. MLPs embed returns, states and actions              Embedder
   4. a language loss on text is kept beside the actions  LaMo.language_loss, training_step
 
-    python lamo.py --env hopper --ratio 0.1           # the paper's run where there is a GPU, else the demo
-    python lamo.py --env hopper --ratio 0.1 --demo    # small model and data from demo/: minutes on a CPU
-    python eval.py runs/hopper-lamo-0.1-0             # evaluate the checkpoint again; --video out.gif
-
-Shapes: B batch, K context in time steps, D model width, S state size, A action size, T tokens.
-Everything outside the model is in the environment's own units; the model normalises inside.
+B batch, K context in time steps, D model width, S state size, A action size, T tokens. Units are the environment's.
 """
 
 import argparse
@@ -54,6 +49,7 @@ from tqdm import tqdm
 from eval import Environments, best_target, evaluate, format_scores, vector
 
 HERE = Path(__file__).resolve().parent
+NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
 constants.HF_HUB_DOWNLOAD_TIMEOUT = 5  # seconds without an answer, six times, before a download is given up
 
 
@@ -87,8 +83,7 @@ TASKS = {
     "kitchen-complete": Task(KITCHEN, "D4RL/kitchen/complete-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
     "kitchen-partial": Task(KITCHEN, "D4RL/kitchen/partial-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
     "kitchen-mixed": Task(KITCHEN, "D4RL/kitchen/mixed-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
-    # The authors' data for this task is not on Minari; ours is used, with a network or without.
-    "reacher2d": Task("eval:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),
+    "reacher2d": Task("eval:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),  # our data: Minari has none
 }  # fmt: skip
 
 METHODS = {
@@ -112,9 +107,6 @@ def option(default, help, least=None, most=math.inf, **how):
     if least is not None:
         how["type"] = number
     return field(default=default, metadata={"help": f"{help} (default: {default})"} | how)
-
-
-NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
 
 
 @dataclass(frozen=True)
@@ -157,7 +149,6 @@ class Config:
     targets: tuple[float, ...] | None = option(None, "returns to ask for; None: the task's", -1e9, 1e9, nargs="+")
     episodes: int = option(20, "evaluation episodes per target", 1, 10_000)
     eval_every: int = option(2500, "training steps between evaluations; the end is always evaluated", 1)
-    # where things are
     out: str | None = option(None, "folder of the run; None: runs/<env>-<method>-<ratio>-<seed>")
     demo: str | None = option(None, "all of demo/, where not named", action="store_const", const=f"{NOTICE} (--demo)")
 
@@ -274,10 +265,9 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.1):
-        """GPT-2 with the weights of a checkpoint: LaMo's part 1.
+        """GPT-2 with the weights of a checkpoint, by hub name (gpt2, gpt2-medium, ...) or folder: LaMo's part 1.
 
-        The name is one of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, ...), or that of a folder with
-        config.json and model.safetensors. An InputError says that it cannot be had, is no GPT-2, or lacks weights.
+        An InputError says that it cannot be had, is no GPT-2, or lacks weights.
         """
         config = json.loads(find_file(name, "config.json").read_text())
         original = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
@@ -442,8 +432,7 @@ class Trajectories:
         if count < 1:
             raise InputError(f"--ratio {ratio:g} of {total} trajectories is none")
         chosen = np.sort(np.random.default_rng(seed).permutation(dataset.episode_indices)[:count])
-        episodes = dataset.iterate_episodes(chosen)
-        episodes = list(tqdm(episodes, desc="reading trajectories", total=count, leave=False, disable=None))
+        episodes = list(tqdm(dataset.iterate_episodes(chosen), "reading", count, leave=False, disable=None))
         rewards = [recorded_rewards(dataset, episode).astype(np.float64) for episode in episodes]
         if delayed:
             rewards = [np.append(np.zeros(len(reward) - 1), reward.sum()) for reward in rewards]
@@ -489,6 +478,7 @@ class Text:
 # ---------------------------------------------------------------------------- training
 LOG_EVERY = 50  # training steps
 SAVE_EVERY = 60  # seconds
+VERSION = 1  # of the checkpoints
 SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on: no two runs share one
 
 
@@ -508,10 +498,7 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0, on L = action loss + lang_coef * language loss (paper, section 4).
-
-    -> both losses before the step, and the norm of the gradient, by name.
-    """
+    """Take step number `step`, counted from 0, on L -> both losses before it, and the norm of the gradient, by name."""
     torch.manual_seed(config.seed * config.steps + step)  # a seed of its own, so that a run can go on from any step
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -530,7 +517,7 @@ def training_step(model, optimizer, trajectories, text, step, config):
 def train(model, trajectories, text, environments, config, header, out, checkpoint=None):
     """Train and evaluate, or go on from a checkpoint, whose weights the model has -> the last evaluation's scores.
 
-    The folder `out` gets log.jsonl and checkpoint.pt; `header` is what both say of the run, as `run` makes it.
+    The folder `out` gets log.jsonl and checkpoint.pt; `header` is what both say of the run.
     """
     optimizer = make_optimizer(model, config)
     start, log_size, recent = 0, 0, {}  # recent: what training_step returned since the last line of the log
@@ -544,11 +531,11 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
         signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(True))
     with open(out / "log.jsonl", "a") as log:
         log.truncate(log_size)
+        if not checkpoint:
+            print(json.dumps(header), file=log, flush=True)
         progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start, mininterval=1)
         for step in progress:  # `step` steps have been taken
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
-            if step == 0:
-                print(json.dumps(header), file=log, flush=True)
             if recent and (evaluating or step % LOG_EVERY == 0):
                 means = {name: float(np.mean(values)) for name, values in recent.items()}
                 progress.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
@@ -584,10 +571,8 @@ def find_file(name, filename, kind="model"):
         cached = try_to_load_from_cache(name, filename, repo_type=kind)
         if isinstance(cached, str):
             return Path(cached)
-        # Asked first, because the download itself would wait six minutes for a hub that does not answer.
-        answer = get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)
-        if answer.is_error:
-            answer.raise_for_status()
+        # The download itself would wait six minutes for a hub that does not answer.
+        get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)
         return Path(hf_hub_download(name, filename, repo_type=kind))
 
 
@@ -675,15 +660,12 @@ def build_model(config, shape, checkpoint=None):
         return model.to(config.device)
 
 
-VERSION = 1  # of the checkpoints
-
-
 def save(path, model, header, state):
     """Write what trains, and what rebuilds the rest: a frozen language model is named, not copied."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad and model.gpt2.sha256}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     partial = path.with_suffix(".partial")
-    with on_error(f"cannot write {path}; free some space, then go on with --resume {path.parent}"):
+    with on_error(f"cannot write {path}; free some space, then start again, or --resume {path.parent}"):
         try:
             with open(partial, "wb") as file:
                 torch.save({"version": VERSION, "header": header, "weights": weights} | state, file)
@@ -806,6 +788,8 @@ def run(config, out, checkpoint=None):
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
     before = text and text.held_out_loss(model.eval())
     if checkpoint:
+        if checkpoint["header"]["data_sha256"] != header["data_sha256"]:
+            raise InputError(f"--data {config.data} has changed since the run started; start a new one")
         model = build_model(config, shape, checkpoint)
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
     after = text and text.held_out_loss(model.eval())
@@ -842,8 +826,7 @@ def main(arguments):
         out = Path(config.out or f"runs/{name}")
         with on_error(f"cannot make the folder {out}; go on with --resume {out}, or choose another --out"):
             out.mkdir(parents=True)
-    if config.demo:
-        print(config.demo, flush=True)
+    print(config.demo or f"{config.method} on {config.data}", flush=True)
     try:
         run(config, out, checkpoint)
     except (InputError, OSError) as error:

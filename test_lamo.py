@@ -1,7 +1,6 @@
 """Tests of lamo.py and eval.py. Each compares with something independent of what it guards: numbers recorded from the
 authors' code, transformers, a plain loop, one environment at a time.
 
-    python -m pytest -q
     python -m pytest -q -k authors     # equal to the authors' code, action for action and step for step
 """
 
@@ -137,12 +136,11 @@ def test_training_steps_equal_the_authors_in_float64(authors_lamo):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(AUTHORS["training/lr"][step])
         loss = values["action_loss"] + 0.1 * values["language_loss"]
         assert loss == pytest.approx(AUTHORS["training/loss_action_plus_0.1_language"][step], abs=1e-12)
-    block = model.gpt2.h[1].attn.c_attn, model.gpt2.h[0].attn.c_attn
     trained = {
         "embed_state.fc1.weight": model.embed_state.input.weight,
         "predict_action.fc2.bias": model.action_head[2].bias,
-        "h.1.attn.c_attn.lora_B": block[0].B.flatten(0, 1),
-        "h.0.attn.c_attn.bias": block[1].bias,
+        "h.1.attn.c_attn.lora_B": model.gpt2.h[1].attn.c_attn.B.flatten(0, 1),
+        "h.0.attn.c_attn.bias": model.gpt2.h[0].attn.c_attn.bias,
         "embed_ln.weight": model.embed_ln.weight,
     }
     for name, weight in trained.items():
@@ -501,6 +499,8 @@ def test_infinite_and_constant_dimensions_give_finite_actions():
     loss = model.action_loss(batch)
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    finite = torch.where(batch["states"].isfinite(), batch["states"], model.state_mean)
+    assert loss == model.action_loss(batch | {"states": finite})  # an infinite entry counts as the mean
     batch["states"][0, 2, 1] = math.nan  # what is no number is not hidden
     inputs = [batch[name] for name in HISTORY]
     assert model.eval().predict(*inputs)[0, 2].isnan().all()
@@ -602,8 +602,9 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
         assert logged == pytest.approx(means, rel=1e-4)
     assert lines[-1]["evaluation"] == scores and set(scores) == {"300", "50"}
     again = evaluation.evaluate(expected, environments, (300.0, 50.0), 1, 50_000, (0, 100))
-    for target, row in scores.items():
-        assert again[target]["return_mean"] == pytest.approx(row["return_mean"], rel=0.01)
+    assert all(
+        again[name]["return_mean"] == pytest.approx(row["return_mean"], rel=0.01) for name, row in scores.items()
+    )
     assert expected.training
 
 
@@ -835,7 +836,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(lamo, "LOG_EVERY", 2)
     whole = hopper_run(tmp_path / "whole")
     scores = lamo.train(*whole)
-    rng, deaths = np.random.default_rng(0), []
+    rng, deaths = np.random.default_rng(2), []
 
     def mortal(function):
         def dies(*arguments):
@@ -853,7 +854,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(lamo, "save", mortal(lamo.save))
     while True:
         model, *rest = hopper_run(tmp_path / "run")
-        checkpoint = lamo.read_checkpoint(tmp_path / "run") if (tmp_path / "run" / "checkpoint.pt").exists() else None
+        checkpoint = lamo.read_checkpoint(rest[-1]) if (rest[-1] / "checkpoint.pt").exists() else None
         model.load_state_dict(checkpoint["weights"] if checkpoint else {}, strict=False)
         try:
             assert lamo.train(model, *rest, checkpoint) == scores
@@ -861,8 +862,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             pass
     assert len(deaths) > 5
-    for name, weight in whole[0].state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name]), name
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in whole[0].state_dict().items())
     assert (tmp_path / "run" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
 
 

@@ -364,7 +364,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="free some space, then go on with --resume .*No space left on device"):
+    with pytest.raises(InputError, match="free some space, then start again, or --resume .*No space left on device"):
         lamo.save(out / "checkpoint.pt", model, header, {})
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.partial"))
 
