@@ -267,7 +267,7 @@ BAD_INPUT = {
         --grad-clip 0|--nonsense|--method bc|--embed conv|--lr-schedule linear|--dropout 2|--lora-dropout -1|--targets
         --targets x|--targets nan|--episodes 0|--lora-rank -1|--lr -1|--lr nan|--batch 0|--context -1|--text-block 1
         --eval-every 0|--warmup -1|--lang-coef -1|--weight-decay -1|--layers 0|--width 0|--heads 0|--env|extra
-        --env humanoid: choose from hopper|--ratio 0.0001: is none|--device cuda:99: --device cuda:99|--device tpu: --device
+        --env humanoid: choose from|--ratio 0.0001: is none|--device cuda:99: --device cuda:99|--device tpu: --device
         --lm none: add --lang-coef 0|--lm none --lang-coef 0 --heads 3: 128 is not a multiple of 3 heads
         --data {bad}/nowhere: nowhere|--data {bad}/folder: folder|--data {bad}/cut-data: cut-data|--data {bad}/nan: NaN
         --data {bad}/empty-data: empty-data|--data {bad}/no-episodes: is none|--data {bad}/metadata-alone: metadata-alone
