@@ -53,15 +53,19 @@ class Task:
     attempts: tuple[int, int] = (4, 4)  # how many of them an episode attempts, at least and at most
 
 
-kitchen = partial(Task, "gymnasium_robotics:FrankaKitchen-v1", 3_000, (0.0, 4.0))
+kitchen = partial(Task, "gymnasium_robotics:FrankaKitchen-v1", reference=(0.0, 4.0))
 TASKS = {
     "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000),
     "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000, noise=1.5),
     "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000, noise=1.5),
     "reacher2d": Task("eval:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
-    "kitchen-complete": kitchen(subtasks=("microwave", "kettle", "light switch", "slide cabinet")),
-    "kitchen-partial": kitchen(subtasks=("microwave", "kettle", "light switch", "slide cabinet"), attempts=(2, 4)),
-    "kitchen-mixed": kitchen(subtasks=("microwave", "kettle", "bottom burner", "light switch"), attempts=(2, 3)),
+    "kitchen-complete": kitchen(3_000, subtasks=("microwave", "kettle", "light switch", "slide cabinet")),
+    "kitchen-partial": kitchen(
+        10_000, subtasks=("microwave", "kettle", "light switch", "slide cabinet"), attempts=(2, 4)
+    ),
+    "kitchen-mixed": kitchen(
+        10_000, subtasks=("microwave", "kettle", "bottom burner", "light switch"), attempts=(2, 3)
+    ),
 }
 
 # -------------------------------------------------------------------------------- PPO

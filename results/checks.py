@@ -89,8 +89,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):
 DEMO_DATA = {  # steps, range of the mean return, least best return, least spread
     "hopper": (100_000, 1000, 1800, 3000, 0.2), "halfcheetah": (50_000, 2000, 5000, 4000, 0.2),
     "walker2d": (50_000, 1000, 4000, 2500, 0.2), "reacher2d": (10_000, 20, 60, 70, 0.2),
-    "kitchen-complete": (3_000, 3, 4, 3.5, 0.1), "kitchen-partial": (3_000, 2, 4, 3.5, 0.2),
-    "kitchen-mixed": (3_000, 1, 3, 2.5, 0.2),
+    "kitchen-complete": (3_000, 3, 4, 3.5, 0.1), "kitchen-partial": (10_000, 2, 4, 3.5, 0.2),
+    "kitchen-mixed": (10_000, 1, 3, 2.5, 0.2),
 }  # fmt: skip
 
 
