@@ -21,7 +21,6 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 TASKS = [  # environment, ratio, other options
     ("hopper", "0.1", ""),
-    ("hopper", "1", "--delayed"),
     ("reacher2d", "1", ""),
     ("kitchen-complete", "1", ""),
     ("kitchen-partial", "1", ""),
