@@ -106,7 +106,7 @@ class Environments:
             if np.isnan(vector(observation)).any() or not np.isfinite(reward):
                 raise ArithmeticError("an observation or a reward is not a number")
             return vector(observation), reward, terminated or truncated
-        except Exception as error:  # the environment may be anybody's
+        except Exception as error:  # third-party environments raise anything
             tqdm.write(f"an episode of {self.spec.id} failed: {error!r}")
             self.envs[row] = self.make()
             return None, np.nan, True
@@ -139,7 +139,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
         environments.envs.append(environments.make())
     K, S, A = policy.context, environments.observation_space.shape[0], environments.action_space.shape[0]
     low, high = environments.action_space.low, environments.action_space.high
-    # A row for each environment: its episode, that episode's time step, and the last K steps, moved to the left.
+    # A row for each environment: its episode, that episode's time step, and its last K steps, left-aligned.
     episode, t = np.full(B, -1), np.zeros(B, int)
     returns_to_go, timesteps = np.zeros((B, K), np.float32), np.zeros((B, K), np.int64)
     states, actions = np.zeros((B, K, S), np.float32), np.zeros((B, K, A), np.float32)
@@ -166,7 +166,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
             running = np.flatnonzero(episode >= 0)
             newest = np.minimum(t, K - 1)  # column of the step that needs an action
             for start in range(0, len(running), ROWS):
-                # Always ROWS of them, some twice: rounding depends on how many there are, and the returns must not.
+                # Always ROWS of them, some twice: rounding depends on the batch size, and the returns must not.
                 rows = np.resize(running[start : start + ROWS], ROWS)
                 history = returns_to_go[rows], states[rows], actions[rows], timesteps[rows], newest[rows] + 1
                 action = policy.act(*(torch.as_tensor(part, device=device) for part in history))
@@ -215,7 +215,7 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
         good = np.isfinite(returns[i])
         sample = returns[i][good] if good.any() else returns[i]  # NaN, where all have failed
         resampled = np.random.default_rng(0).choice(sample, (10_000, len(sample))).mean(axis=1)
-        scores[f"{target:g}"] = {
+        scores[f"{target:.9g}"] = {
             "return_mean": float(sample.mean()),
             "return_std": float(sample.std()),
             "return_interval": np.percentile(resampled, (2.5, 97.5)).tolist(),
@@ -264,7 +264,7 @@ def main(arguments):
     parser.add_argument("folder", help="folder of a run of lamo.py")
     parser.add_argument("--targets", type=float, nargs="+", help="returns to ask for (default: the run's)")
     parser.add_argument("--episodes", type=int, help="episodes per target (default: the run's)")
-    parser.add_argument("--seed", type=int, help="seed of the first episode (default: the run's)")
+    parser.add_argument("--seed", type=int, help="seed of the first episode (default: that of the run's evaluation)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--video", metavar="FILE", help="render one episode of the best target into a .gif or .mp4")
@@ -279,17 +279,17 @@ def main(arguments):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; read when the renderer is made
 
     policy, config, header = lamo.load(options.folder, options.device)
-    if config.demo:
-        print(config.demo)
-    spec = EnvSpec.from_json(header["env_spec"])
+    print(config.demo or config.data)
     targets, episodes = options.targets or config.targets, options.episodes or config.episodes
     seed = config.seed * lamo.SEEDS if options.seed is None else options.seed
-    scores = evaluate(policy, Environments(spec), targets, episodes, seed, header["reference"], config.delayed)
+    with lamo.on_error("cannot make the environment"):
+        environments = Environments(EnvSpec.from_json(header["env_spec"]))
+    scores = evaluate(policy, environments, targets, episodes, seed, header["reference"], config.delayed)
     print(format_scores(scores, header["reference"]))
     if options.video:
         target = float(best_target(scores)[0])
         with lamo.on_error(f"cannot render {options.video}; try MUJOCO_GL=egl or MUJOCO_GL=osmesa, or another file"):
-            total, length = record(policy, spec, target, seed, options.video, config.delayed)
+            total, length = record(policy, environments.spec, target, seed, options.video, config.delayed)
         print(f"{options.video}: target {target:g}, return {total:.1f}, {length} steps")
 
 

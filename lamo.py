@@ -12,7 +12,7 @@ and four parts make it LaMo, each in one place below:
   3. MLPs embed returns, states and actions              Embedder
   4. a language loss on text is kept beside the actions  LaMo.language_loss, training_step
 
-B batch, K context in time steps, D model width, S state size, A action size, T tokens. Units are the environment's.
+B batch, K context in time steps, D model width, S state size, A action size, T tokens or steps. Units are the environment's.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from eval import Environments, best_target, evaluate, format_scores, vector
 
 HERE = Path(__file__).resolve().parent
 NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
-constants.HF_HUB_DOWNLOAD_TIMEOUT = 5  # seconds without an answer, six times, before a download is given up
+constants.HF_HUB_DOWNLOAD_TIMEOUT = 5  # seconds of silence until a download is tried again, up to five times
 
 
 class InputError(ValueError):
@@ -120,12 +120,12 @@ class Config:
     context: int = option(0, "K, time steps that the policy sees; 0: the task's", 0)
     delayed: bool = option(False, "move each trajectory's reward to its last step", action="store_true")
     # the method
-    method: str = option("lamo", "preset for the options of this block", choices=METHODS)
+    method: str = option("lamo", "preset: LaMo, Decision Transformer, or Wiki-RL", choices=METHODS)
     lm: str = option("gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights, without text")
     lora_rank: int = option(16, "r of LoRA; 0: no LoRA", 0)
     lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", 0)
     lora_dropout: float = option(0.1, "dropout on the input of LoRA", 0, 1)
-    train_trunk: bool = option(False, "train all weights of GPT-2; goes with --lora-rank 0", action="store_true")
+    train_trunk: bool = option(False, "train all weights of GPT-2; needs --lora-rank 0", action="store_true")
     embed: str = option("mlp", "embedders and action head", choices=("mlp", "linear"))
     lang_coef: float = option(0.1, "lambda, weight of the language loss; 0: no text", 0)
     text: str = option("wikitext", "text of the language loss: wikitext (103, raw), or a UTF-8 file")
@@ -150,7 +150,7 @@ class Config:
     episodes: int = option(20, "evaluation episodes per target", 1, 10_000)
     eval_every: int = option(2500, "training steps between evaluations; the end is always evaluated", 1)
     out: str | None = option(None, "folder of the run; None: runs/<env>-<method>-<ratio>-<seed>")
-    demo: str | None = option(None, "all of demo/, where not named", action="store_const", const=f"{NOTICE} (--demo)")
+    demo: str | None = option(None, "demo/ for all that is not given", action="store_const", const=f"{NOTICE} (--demo)")
 
 
 # Small enough for minutes on two CPU cores; a task's dataset is demo/lamo/<env>/demo-v0.
@@ -181,7 +181,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)"""
-        if not self.training:  # one layer does it all
+        if not self.training:  # merged into one layer
             return F.linear(x, self.weight + self.scale * (self.B @ self.A).flatten(0, 1), self.bias)
         low = F.linear(self.dropout(x), self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (..., parts, r)
         update = torch.einsum("...pr,por->...po", low, self.B).flatten(-2)  # (..., out)
@@ -190,7 +190,7 @@ class LoRALinear(nn.Module):
 
 # ---------------------------------------------------------------------------- GPT-2: part 1
 class Attention(nn.Module):
-    """Causal multi-head self-attention. (B, T, D) -> the rows `keep` of it"""
+    """Causal multi-head self-attention. (B, T, D) -> what the index `keep` picks from (B, T)"""
 
     def __init__(self, n_embd, n_head, dropout):
         assert n_embd % n_head == 0, f"a width of {n_embd} is not a multiple of {n_head} heads"
@@ -207,11 +207,11 @@ class Attention(nn.Module):
         p = self.dropout.p if self.training else 0.0
         if p == 0 or x.is_cuda:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        else:  # with dropout, PyTorch has no fast kernel for a CPU; strips of rows spare most of what is masked
+        else:  # with dropout, PyTorch has no fast kernel for a CPU; strips of rows skip most of what is masked
             strips = []
             for start in range(0, T, 128):
                 end = min(start + 128, T)
-                mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)
+                mask = q.new_ones(end - start, end, dtype=torch.bool).tril(start)
                 strip, seen = q[:, :, start:end], (k[:, :, :end], v[:, :, :end])
                 strips.append(F.scaled_dot_product_attention(strip, *seen, attn_mask=mask, dropout_p=p))
             y = torch.cat(strips, dim=2)
@@ -232,7 +232,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with LayerNorm first. (B, T, D) -> the rows `keep` of it"""
+    """Transformer block with LayerNorm first. (B, T, D) -> what the index `keep` picks from (B, T)"""
 
     def __init__(self, n_embd, n_head, dropout):
         super().__init__()
@@ -257,8 +257,8 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # what a block adds to the residual stream starts smaller
+        for name, parameter in self.named_parameters():  # what a block adds to the residual stream starts smaller
+            if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -278,7 +278,7 @@ class GPT2(nn.Module):
         with torch.device("meta"):  # takes neither memory nor random numbers
             model = cls(**shape, dropout=dropout)
         path = find_file(name, "model.safetensors")
-        model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        model.sha256 = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
         with on_error(f"{path} does not hold the weights of a GPT-2; delete it and fetch it again"):
             weights = {key.removeprefix("transformer."): weight.float() for key, weight in load_file(path).items()}
             for key, weight in weights.items():
@@ -294,20 +294,20 @@ class GPT2(nn.Module):
             block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout)
 
     def trunk(self, x, keep=...):
-        """Embeddings (B, T, D) -> hidden states, where token t has seen tokens 0 to t; of the last block, rows `keep`."""
+        """Embeddings (B, T, D) -> hidden states of the tokens that `keep` picks; token t has seen tokens 0 to t."""
         x = self.drop(x)
         for block in self.h[:-1]:
             x = block(x)
         return self.ln_f(self.h[-1](x, keep))
 
     def hidden(self, tokens):
-        """Token ids (B, T) -> hidden states (B, T, D), of which wte makes the logits of the next token."""
+        """Token ids (B, T) -> hidden states (B, T, D), which wte turns into logits of the next token."""
         return self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]])
 
 
 # ---------------------------------------------------------------------------- LaMo: parts 3 and 4
 class Embedder(nn.Module):
-    """h = W1 x, e = h + W2 gelu(h): LaMo's part 3 (paper, section 4). (..., size) -> (..., D)"""
+    """h = W1 x + b1, e = h + W2 gelu(h) + b2: LaMo's part 3 (paper, section 4). (..., size) -> (..., D)"""
 
     def __init__(self, size, width):
         super().__init__()
@@ -328,12 +328,12 @@ class LaMo(nn.Module):
     Args:
         embed: "mlp" or "linear", for the embedders and the action head.
         max_timesteps: the longest episode, in steps. return_scale: what returns are divided by.
-        states: (2, S) mean and standard deviation of the training data. actions: (2, A) lower and upper bounds.
+        state_stats: (2, S) mean and standard deviation of the data. action_bounds: (2, A) lower and upper bounds.
     """
 
-    def __init__(self, gpt2, embed, context, max_timesteps, return_scale, states, actions):
+    def __init__(self, gpt2, embed, context, max_timesteps, return_scale, state_stats, action_bounds):
         super().__init__()
-        (state_mean, state_std), (low, high) = torch.as_tensor(states), torch.as_tensor(actions)
+        (state_mean, state_std), (low, high) = torch.as_tensor(state_stats), torch.as_tensor(action_bounds)
         D, S, A = len(gpt2.ln_f.weight), len(state_mean), len(low)
         self.gpt2, self.context, self.max_timesteps = gpt2, context, max_timesteps
         embedder = Embedder if embed == "mlp" else nn.Linear
@@ -358,7 +358,7 @@ class LaMo(nn.Module):
         Windows of fewer than K steps are padded on the right, where causal attention never looks from a real step.
         """
         states = (states - self.state_mean) / self.state_std
-        states = states.nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)  # an infinite entry says nothing
+        states = states.nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)  # infinite entries count as the mean
         tokens = [
             self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale),
             self.embed_state(states),
@@ -368,7 +368,7 @@ class LaMo(nn.Module):
         return tokens.flatten(1, 2)
 
     def predict(self, returns_to_go, states, actions, timesteps):
-        """The action of each step from what came before it: (B, K, A), between -1 and 1 where the bounds are."""
+        """The action of each step, predicted from what comes before it: (B, K, A), scaled so that the bounds are -1 and 1."""
         state_tokens = slice(None), slice(1, None, 3)
         return self.action_head(self.gpt2.trunk(self.tokens(returns_to_go, states, actions, timesteps), state_tokens))
 
@@ -376,7 +376,7 @@ class LaMo(nn.Module):
     def act(self, returns_to_go, states, actions, timesteps, lengths):
         """The next action (B, A), in the environment's units, after a history of at most K steps; see `tokens`.
 
-        Of each window, `lengths` (B,) steps are real; the action of the last one is not known yet, and not looked at.
+        Of each window, `lengths` (B,) steps are real; the action of the last one is unknown, and ignored.
         """
         tokens = self.tokens(returns_to_go, states, actions, timesteps)[:, :-1]
         newest_state = torch.arange(len(tokens), device=tokens.device), 3 * lengths - 2
@@ -401,19 +401,19 @@ class LaMo(nn.Module):
 class Trajectories:
     """Trajectories as flat tensors of N steps, one after the other; a batch of windows is one gather.
 
-    Made from lists of arrays: observations (T, S), actions (T, A), rewards (T,). A NaN in them raises an InputError.
+    Made from lists of arrays: observations (T, S), actions (T, A), rewards (T,). An InputError says if they are not numbers.
     """
 
     def __init__(self, observations, actions, rewards, device="cpu"):
         self.returns = np.array([reward.sum() for reward in rewards])  # of each trajectory
         self.lengths = np.array([len(reward) for reward in rewards])
         states, actions = np.concatenate(observations).astype(np.float64), np.concatenate(actions)
-        if np.isnan(states).any() or np.isnan(actions).any() or np.isnan(self.returns).any():
-            raise InputError("a trajectory has an observation, an action or a reward that is NaN; remove it")
+        if np.isnan(states).any() or not (np.isfinite(actions).all() and np.isfinite(self.returns).all()):
+            raise InputError("a trajectory has an observation that is NaN, or an action or a reward that is not finite")
         finite = np.ma.masked_invalid(states)  # infinities have no part in the statistics
         std = finite.std(axis=0).filled(0.0)
         self.state_mean = finite.mean(axis=0).filled(0.0)  # (S,)
-        self.state_std = np.where(std > 1e-6, std + 1e-6, 1.0)  # (S,); a constant stays as it is
+        self.state_std = np.where(std > 1e-6, std + 1e-6, 1.0)  # (S,); a constant is only centred
         tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
         self.states, self.actions = tensor(states), tensor(actions)  # (N, S), (N, A)
         self.returns_to_go = tensor(np.concatenate([reward[::-1].cumsum()[::-1] for reward in rewards]))  # (N,)
@@ -479,7 +479,7 @@ class Text:
 LOG_EVERY = 50  # training steps
 SAVE_EVERY = 60  # seconds
 VERSION = 1  # of the checkpoints
-SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on: no two runs share one
+SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on: no two values of --seed share one
 
 
 def learning_rate(step, config):
@@ -498,7 +498,7 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0, on L -> both losses before it, and the norm of the gradient, by name."""
+    """Take step number `step`, counted from 0, on L: part 4 -> the losses before it and the gradient's norm, by name."""
     torch.manual_seed(config.seed * config.steps + step)  # a seed of its own, so that a run can go on from any step
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -520,17 +520,16 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     The folder `out` gets log.jsonl and checkpoint.pt; `header` is what both say of the run.
     """
     optimizer = make_optimizer(model, config)
-    start, log_size, recent = 0, 0, {}  # recent: what training_step returned since the last line of the log
+    start, log_size, recent, saved_at = 0, 0, {}, -math.inf  # recent: of training_step, since the last line of the log
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, log_size, recent = checkpoint["step"], checkpoint["log_size"], checkpoint["recent"]
-    saved_at = -math.inf
     model.train()
-    stop = []  # a first signal lets the step finish, a second one ends the run at once
+    stop = []  # a first signal lets the step or evaluation finish, a second one ends the run at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(True))
+        signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(print("\nstopping after this step")))
     with open(out / "log.jsonl", "a") as log:
-        log.truncate(log_size)
+        log.seek(log.truncate(log_size))
         if not checkpoint:
             print(json.dumps(header), file=log, flush=True)
         progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start, mininterval=1)
@@ -571,7 +570,7 @@ def find_file(name, filename, kind="model"):
         cached = try_to_load_from_cache(name, filename, repo_type=kind)
         if isinstance(cached, str):
             return Path(cached)
-        # The download itself would wait six minutes for a hub that does not answer.
+        # Ask first: where the hub does not answer at all, the download would ask for six minutes.
         get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)
         return Path(hf_hub_download(name, filename, repo_type=kind))
 
@@ -609,7 +608,7 @@ def load_dataset(name):
     """A MinariDataset by folder or id: from the folder, from where Minari keeps its own, or from the hub."""
     minari_root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     for folder in (Path(name), HERE / name, minari_root / name):
-        if len(list(folder.glob("data/*"))) > 1:  # a download that broke off has left metadata.json alone
+        if len(list(folder.glob("data/*"))) > 1:  # an interrupted download leaves only metadata.json
             return minari.MinariDataset(folder / "data")
     namespace, _, rest = name.partition("/")
     files = [f"{rest}/data/{file}" for file in ("main_data.hdf5", "metadata.json")]
@@ -630,9 +629,10 @@ def evaluation_spec(dataset, env_id):
     """The EnvSpec of the environment that a MinariDataset was recorded in, or of `env_id` if that cannot be made."""
     try:
         spec = dataset.recover_environment(eval_env=True).spec
-    except Exception:
+    except Exception as error:
         if env_id is None:
             raise
+        print(f"evaluating in {env_id}, because the dataset's own environment cannot be made ({error})")
         spec = gym.make(env_id).spec
     if spec.id.startswith("FrankaKitchen"):
         spec.kwargs |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
@@ -640,19 +640,20 @@ def evaluation_spec(dataset, env_id):
 
 
 # ---------------------------------------------------------------------------- runs
-def build_model(config, shape, checkpoint=None):
-    """The LaMo that a Config asks for, as it starts, or as a checkpoint has it; `shape` has LaMo's other arguments."""
+def build_model(config, arguments, checkpoint=None):
+    """The LaMo of a Config, as it starts or as a checkpoint has it; `arguments` are the rest of LaMo's."""
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     with on_error("cannot build the model"):
         if config.lm == "none":
             gpt2 = GPT2(0, 0, config.width, config.layers, config.heads, config.dropout)
         else:
             gpt2 = GPT2.from_pretrained(config.lm, config.dropout)
-        gpt2.requires_grad_(False)
+            if config.lang_coef > 0 and config.text_block > len(gpt2.wpe.weight):
+                raise InputError(f"--text-block is more than the {len(gpt2.wpe.weight)} positions of --lm {config.lm}")
+        gpt2.requires_grad_(config.train_trunk)
         if config.lora_rank > 0:
             gpt2.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
-        if config.train_trunk:
-            gpt2.requires_grad_(True)
-        model = LaMo(gpt2, config.embed, config.context, **shape)
+        model = LaMo(gpt2, config.embed, config.context, **arguments)
         if checkpoint:
             if checkpoint["header"]["lm_sha256"] != gpt2.sha256:
                 raise InputError(f"--lm {config.lm} is not the one that the run was trained on")
@@ -661,7 +662,7 @@ def build_model(config, shape, checkpoint=None):
 
 
 def save(path, model, header, state):
-    """Write what trains, and what rebuilds the rest: a frozen language model is named, not copied."""
+    """Write the weights that train, and what rebuilds the rest: a frozen language model is named, not copied."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad and model.gpt2.sha256}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     partial = path.with_suffix(".partial")
@@ -680,9 +681,8 @@ def read_checkpoint(folder):
     """The checkpoint in a run's folder, by name: header, weights, and the state of the training."""
     path = Path(folder) / "checkpoint.pt"
     with on_error(f"{path} is not a checkpoint that can be read; give the folder of a run"):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # compares checksums
-                raise ValueError("the file has been altered")
+        if zipfile.ZipFile(path).testzip():  # compares checksums
+            raise ValueError("the file has been altered")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != VERSION:
             raise ValueError(f"it has version {checkpoint['version']}, this lamo.py reads {VERSION}")
@@ -693,7 +693,7 @@ def load(folder, device="cpu"):
     """The trained policy in a run's folder -> LaMo in evaluation mode, its Config, and the header that `run` made."""
     checkpoint = read_checkpoint(folder)
     config = Config(**checkpoint["header"]["config"] | {"device": device})
-    return build_model(config, checkpoint["header"]["shape"], checkpoint).eval(), config, checkpoint["header"]
+    return build_model(config, checkpoint["header"]["arguments"], checkpoint).eval(), config, checkpoint["header"]
 
 
 def configure(given):
@@ -707,7 +707,7 @@ def configure(given):
         if Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())  # to be found from another folder, too
     config = Config(**METHODS[given.get("method", "lamo")] | given)
-    named = given.keys() & {"lm", "data", "text", "device"}  # is never replaced
+    named = given.keys() & {"lm", "data", "text", "device"}  # what is named is never replaced
     why = None if config.demo or named else out_of_reach(config)
     if why:
         given = given | {"demo": f"{NOTICE} ({why})"}
@@ -715,18 +715,20 @@ def configure(given):
         config = Config(**DEMO | {"data": f"demo/lamo/{config.env}/demo-v0"} | METHODS[config.method] | given)
     if config.lm == "none" and config.lang_coef > 0:
         raise InputError("--lm none has no language to keep; add --lang-coef 0")
+    if config.train_trunk and config.lora_rank > 0:
+        raise InputError("--train-trunk trains all weights, LoRA freezes them; add --lora-rank 0")
     task = TASKS.get(config.env, Task(None, None, None, None, 20, None))
     own = {name: getattr(config, name) or getattr(task, name) for name in ("data", "targets", "context")}
     return replace(config, **own)
 
 
 def out_of_reach(config):
-    """Why the authors' run cannot start here, in words; None if it can: all that it needs has been fetched then."""
+    """Why the authors' run cannot start here, in words; None if it can, and then its files have been fetched."""
     if not torch.cuda.is_available():
         seconds = min(timeit.repeat("m @ m", "m = torch.rand(2048, 2048)", number=1, globals=globals())) / (2 * 2048**3)
         tokens = config.batch * 3 * 20 + config.text_batch * config.text_block * (config.lang_coef > 0)
         operations = (6 if config.train_trunk else 4) * 12 * config.layers * config.width**2 * tokens * config.steps
-        return f"no GPU: {config.steps:,} steps would take {operations * seconds / 3600:,.0f} hours or more"
+        return f"no GPU: {config.steps:,} steps would take {operations * seconds / 3600:.3g} hours; force it with --device cpu"
     try:
         load_dataset(TASKS[config.env].data)
         for filename in ("config.json", "model.safetensors") if config.lm != "none" else ():
@@ -742,7 +744,6 @@ def run(config, out, checkpoint=None):
     started, task = time.time(), TASKS.get(config.env)
     with on_error(f"--device {config.device} cannot be used here; leave it out, or give cpu"):
         torch.zeros(1, device=config.device)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.manual_seed(config.seed)
     with on_error(f"--lm {config.lm} is neither a GPT-2 of the hub nor a folder with config.json and tokenizer.json"):
         for filename in ["config.json"] * (config.lm != "none") + ["tokenizer.json"] * (config.lang_coef > 0):
@@ -757,29 +758,28 @@ def run(config, out, checkpoint=None):
     returns, best = trajectories.returns, float(trajectories.returns.max())
     half = best / 2 if best > 0 else 2 * best  # half as good
     config = replace(config, targets=config.targets or tuple(dict.fromkeys((best, half))))
-    shape = {
+    arguments = {
         "max_timesteps": max(int(trajectories.lengths.max()), environments.spec.max_episode_steps or 0),
         "return_scale": task.return_scale if task else 10.0 ** round(math.log10(max(abs(returns).max(), 1e-3))),
-        "states": [trajectories.state_mean.tolist(), trajectories.state_std.tolist()],
-        "actions": [environments.action_space.low.tolist(), environments.action_space.high.tolist()],
+        "state_stats": [trajectories.state_mean.tolist(), trajectories.state_std.tolist()],
+        "action_bounds": [environments.action_space.low.tolist(), environments.action_space.high.tolist()],
     }
-    model = build_model(config, shape)
+    model = build_model(config, arguments)
     text = load_text(config.lm, config.text, config.text_block) if config.lang_coef > 0 else None
     recorded = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
     reference = recorded if None not in recorded else task.reference if task else (0, 100)
     arrays = trajectories.states, trajectories.actions, trajectories.returns_to_go
     status, commit = subprocess.getstatusoutput(f"git -C '{HERE}' describe --always --dirty")
     header = {
-        "config": asdict(config), "shape": shape, "reference": reference,
+        "config": asdict(config), "arguments": arguments, "reference": reference,
         "lm_sha256": model.gpt2.sha256, "env_spec": environments.spec.to_json(),
         "data_sha256": hashlib.sha256(b"".join(array.cpu().numpy().tobytes() for array in arrays)).hexdigest(),
-        "trajectories": len(returns), "device": str(torch.cuda.get_device_name() if model.state_mean.is_cuda else "cpu"),
+        "trajectories": len(returns), "device": torch.cuda.get_device_name(config.device) if model.state_mean.is_cuda else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "minari")},
         "commit": commit if status == 0 else None,
     }  # fmt: skip
 
-    sizes = [(parameter.numel(), parameter.numel() * parameter.requires_grad) for parameter in model.parameters()]
-    total, trained = np.sum(sizes, axis=0)
+    total, trained = np.sum([(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()], axis=0)
     chosen = f"{len(returns)} of {dataset.total_episodes} trajectories, {len(trajectories.states)} steps"
     print(f"data    {config.data}: {chosen}, returns {returns.min():.1f} to {best:.1f}, mean {returns.mean():.1f}")
     print(f"model   {config.method} on {config.lm}: {trained:,} of {total:,} parameters train")
@@ -790,7 +790,7 @@ def run(config, out, checkpoint=None):
     if checkpoint:
         if checkpoint["header"]["data_sha256"] != header["data_sha256"]:
             raise InputError(f"--data {config.data} has changed since the run started; start a new one")
-        model = build_model(config, shape, checkpoint)
+        model = build_model(config, arguments, checkpoint)
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
     after = text and text.held_out_loss(model.eval())
 
@@ -815,10 +815,10 @@ def main(arguments):
     given = vars(parser.parse_args(arguments))
     if "resume" in given:
         out = Path(given.pop("resume"))
-        if given:
-            raise InputError("--resume goes on with the run's own settings; give no other option")
+        if given.keys() - {"device"}:
+            raise InputError("--resume goes on with the run's own settings; give no other option than --device")
         checkpoint = read_checkpoint(out)
-        config = Config(**checkpoint["header"]["config"])
+        config = Config(**checkpoint["header"]["config"] | given)
     else:
         checkpoint, config = None, configure(given)
         task = config.env or config.data.strip("/").replace("/", "-")
@@ -829,11 +829,11 @@ def main(arguments):
     print(config.demo or f"{config.method} on {config.data}", flush=True)
     try:
         run(config, out, checkpoint)
-    except (InputError, OSError) as error:
+    except BaseException as error:
         if not (out / "checkpoint.pt").exists():
             shutil.rmtree(out)  # nothing half-written
         elif isinstance(error, OSError):
-            raise InputError(f"{error}; when that is mended, go on with --resume {out}") from error
+            raise InputError(f"{error}; once that is fixed, go on with --resume {out}") from error
         raise
 
 
@@ -841,7 +841,7 @@ def run_command(main):
     """Call main with the command line's arguments; a mistake of the user ends in one line and exit code 2."""
     try:
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

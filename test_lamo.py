@@ -398,9 +398,9 @@ def test_attention_with_dropout_on_a_cpu_is_causal_attention():
 @pytest.mark.parametrize("method", lamo.METHODS)
 def test_gradients_reach_exactly_what_trains(lm_folder, method):
     preset = lamo.METHODS[method] | ({"lm": str(lm_folder)} if method != "dt" else {})
-    config = replace(Config(), context=5, device="cpu", batch=8, **preset)
-    shape = {"max_timesteps": 50, "return_scale": 1.0, "states": [[0.0] * 3, [1.0] * 3], "actions": BOUNDS}
-    model = lamo.build_model(config, shape)
+    config = replace(Config(), context=5, device="cpu", batch=8, text_block=64, **preset)
+    arguments = {"max_timesteps": 50, "return_scale": 1.0, "state_stats": torch.ones(2, 3), "action_bounds": BOUNDS}
+    model = lamo.build_model(config, arguments)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter)  # at zero, no gradient would reach A
@@ -836,7 +836,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(lamo, "LOG_EVERY", 2)
     whole = hopper_run(tmp_path / "whole")
     scores = lamo.train(*whole)
-    rng, deaths = np.random.default_rng(2), []
+    rng, deaths = np.random.default_rng(22), []
 
     def mortal(function):
         def dies(*arguments):
@@ -967,7 +967,7 @@ def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folde
     policy, config, header = lamo.load(tmp_path / "run")
     task, spec = lamo.TASKS[name], evaluation.EnvSpec.from_json(header["env_spec"])
     assert spec.id == task.env_id.split(":")[-1] and config.data == f"demo/lamo/{name}/demo-v0"
-    assert config.context == task.context and header["shape"]["return_scale"] == task.return_scale
+    assert config.context == task.context and header["arguments"]["return_scale"] == task.return_scale
     assert any(isinstance(module, LoRALinear) for module in policy.modules()) == (method == "lamo")
     assert (config.embed == "mlp") == (method == "lamo")
     scores = read_scores(tmp_path / "run")

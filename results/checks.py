@@ -81,6 +81,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):
         process.send_signal(signal.SIGTERM if number % 4 == 1 else signal.SIGKILL)
         message = process.communicate()[1]
         assert process.returncode in (0, -9, -15) or "go on with: python lamo.py --resume run" in message
+        if number % 2:  # and once more, soon after it has gone on
+            process = start(folder, "--resume", "run")
+            time.sleep(2 + moment / 2)
+            process.kill()
+            process.wait()
         process = start(folder, "--resume", "run")
         assert process.wait() == 0, process.communicate()
         assert outcome(folder) == expected
@@ -270,7 +275,7 @@ BAD_INPUT = {
         --targets x|--targets nan|--episodes 0|--lora-rank -1|--lr -1|--lr nan|--batch 0|--context -1|--text-block 1
         --eval-every 0|--warmup -1|--lang-coef -1|--weight-decay -1|--layers 0|--width 0|--heads 0|--env|extra
         --env humanoid: choose from|--ratio 0.0001: is none|--device cuda:99: --device cuda:99|--device tpu: --device
-        --lm none: add --lang-coef 0|--lm none --lang-coef 0 --heads 3: 128 is not a multiple of 3 heads
+        --lm none: add --lang-coef 0|--train-trunk: add --lora-rank 0|--text-block 512: 256 positions|--lm none --lang-coef 0 --heads 3: 128 is not a multiple of 3 heads
         --data {bad}/nowhere: nowhere|--data {bad}/folder: folder|--data {bad}/cut-data: cut-data|--data {bad}/nan: NaN
         --data {bad}/empty-data: empty-data|--data {bad}/no-episodes: is none|--data {bad}/metadata-alone: metadata-alone
         --data {bad}/no-rewards: no-rewards|--data {bad}/nan-reward: NaN|--data {bad}/words: words
@@ -395,7 +400,7 @@ def test_any_dataset_brings_its_environment(env_id, tmp_path, lm_folder):
     best, largest = returns.max(), max(*abs(returns), 1e-3)
     half = best / 2 if best > 0 else 2 * best  # of a negative return, half is more
     assert config.targets == pytest.approx((best, half) if best else (0,)) and config.context == 20
-    scale = header["shape"]["return_scale"]
+    scale = header["arguments"]["return_scale"]
     assert 0.3 < largest / scale < 3.2 and math.log10(scale) == round(math.log10(scale))
     row = read_scores(out)["best"]
     assert header["reference"] == (0, 100) and row["score"] == pytest.approx(row["return_mean"])

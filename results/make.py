@@ -22,7 +22,6 @@ HERE = Path(__file__).resolve().parent
 TASKS = [  # environment, ratio, other options
     ("hopper", "0.1", ""),
     ("reacher2d", "1", ""),
-    ("kitchen-complete", "1", ""),
     ("kitchen-partial", "1", ""),
     ("kitchen-mixed", "1", ""),
 ]
