@@ -20,8 +20,7 @@ from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
-ALIVE = 20  # environments at a time: those of the kitchen take 90 MB each
-ROWS = 20  # histories for which the policy computes actions at a time
+ALIVE = 20  # environments at a time, and rows that the policy computes: those of the kitchen take 90 MB each
 
 
 class Reacher2d(MujocoEnv):
@@ -70,7 +69,7 @@ def vector(observation):
 
 
 class Environments:
-    """Copies of an environment, made when first needed, stepped by as many threads as there are CPU cores.
+    """Up to `alive` copies of an environment, made when first needed, stepped by as many threads as there are CPU cores.
 
     Threads run at the same time because MuJoCo releases Python's interpreter lock while it simulates.
 
@@ -79,7 +78,7 @@ class Environments:
     """
 
     def __init__(self, spec, alive=ALIVE, render_mode=None):
-        self.spec, self.alive, self.render_mode = spec, alive, render_mode
+        self.spec, self.alive, self.render_mode = spec, min(alive, ALIVE), render_mode
         self.threads = ThreadPoolExecutor(os.cpu_count())
         self.envs = [self.make()]
         self.observation_space, self.action_space = vector(self.envs[0].observation_space), self.envs[0].action_space
@@ -165,12 +164,11 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
 
             running = np.flatnonzero(episode >= 0)
             newest = np.minimum(t, K - 1)  # column of the step that needs an action
-            for start in range(0, len(running), ROWS):
-                # Always ROWS of them, some twice: rounding depends on the batch size, and the returns must not.
-                rows = np.resize(running[start : start + ROWS], ROWS)
-                history = returns_to_go[rows], states[rows], actions[rows], timesteps[rows], newest[rows] + 1
-                action = policy.act(*(torch.as_tensor(part, device=device) for part in history))
-                actions[rows, newest[rows]] = np.clip(action.cpu().numpy(), low, high)
+            # Always ALIVE rows, some of them twice: rounding depends on how many there are, and the returns must not.
+            rows = np.resize(running, ALIVE)
+            history = returns_to_go[rows], states[rows], actions[rows], timesteps[rows], newest[rows] + 1
+            action = policy.act(*(torch.as_tensor(part, device=device) for part in history))
+            actions[rows, newest[rows]] = np.clip(action.cpu().numpy(), low, high)
             acts = actions[running, newest[running]].astype(low.dtype)
             steps = list(environments.threads.map(environments.step, running, acts))
             if frames is not None and t[0] % frame_every == 0:
