@@ -10,11 +10,13 @@ they do in D4RL's medium-expert sets. The arm of reacher2d is driven by a contro
 to episode, the one in the kitchen by a script that does the subtasks of D4RL's sets one after the other.
 The language model is pre-trained on the documentation and docstrings of the Python installation that runs this.
 
-Work in progress is kept in demo/build, and a later call goes on from there.
+The language model's work in progress is kept in demo/build, and a later call goes on from there. The locomotion data in
+this folder was made by an earlier version of this script, with a PPO of its own: git show fa84229:demo/make.py.
 """
 
 import argparse
 import ast
+import io
 import math
 import os
 import platform
@@ -31,7 +33,6 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -44,9 +45,7 @@ class Task:
 
     env_id: str
     dataset_steps: int  # environment steps in the dataset
-    reference: tuple[
-        float, float
-    ]  # returns that score 0 and 100: D4RL's (Fu et al. 2020); reacher2d: none and all steps
+    reference: tuple[float, float]  # returns that score 0 and 100: D4RL's; reacher2d: none and all steps
     ppo_steps: int = 0  # environment steps that PPO may use; 0: the scripted controller
     noise: float = 1.0  # exploration noise of an episode, at most, in units of PPO's
     subtasks: tuple[str, ...] = ()  # of the kitchen, as in D4RL's set of this name
@@ -68,166 +67,60 @@ TASKS = {
     ),
 }
 
-# -------------------------------------------------------------------------------- PPO
+# -------------------------------------------------------------------------------- policies
 
-ENVS, HORIZON, EPOCHS, MINIBATCHES = 8, 256, 10, 8
-GAMMA, GAE_LAMBDA, CLIP, PPO_LR = 0.99, 0.95, 0.2, 3e-4
 SNAPSHOTS = 50  # over the whole training
-
-
-def network(inputs, outputs, last_gain):
-    """Two hidden layers of 64 tanh units with orthogonal weights, as in the original PPO."""
-    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), last_gain)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
-
-
-class Moments(nn.Module):
-    """Running mean and variance; normalises what it is called on."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-        self.register_buffer("count", torch.tensor(1e-4))
-
-    def update(self, x):
-        """Take in a batch (N, size), by the parallel-variance formula of Chan et al."""
-        n, delta = len(x), x.mean(0) - self.mean
-        total = self.count + n
-        self.var.copy_((self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total) / total)
-        self.mean.add_(delta * n / total)
-        self.count.copy_(total)
-
-    def forward(self, x):
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
-
-
-class Policy(nn.Module):
-    """Gaussian policy on normalised observations. (..., S) -> distribution over (..., A)"""
-
-    def __init__(self, state_size, action_size):
-        super().__init__()
-        self.normalise = Moments(state_size)
-        self.mean = network(state_size, action_size, 0.01)
-        self.log_std = nn.Parameter(torch.full((action_size,), -0.5))
-
-    def forward(self, normalised):
-        return torch.distributions.Normal(self.mean(normalised), self.log_std.exp())
-
-
-def train_ppo(name, task, steps, build, seed):
-    """PPO -> snapshots: a list of {"policy": state dict, "return": mean of the last 20 episodes, "steps"}.
-
-    Progress is written to `build` with every snapshot; a later call goes on from it.
-    """
-    path = build / f"{name}-ppo-{steps}-{seed}.pt"
-    torch.set_num_threads(1)  # the networks are too small for more
-    torch.manual_seed(seed)
-    envs = gym.make_vec(
-        task.env_id, ENVS, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-    )  # fmt: skip
-    S, A = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    policy, critic, return_scale = Policy(S, A), network(S, 1, 1.0), Moments(1)
-    parameters = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=PPO_LR, eps=1e-5)
-    kept = nn.ModuleList([policy, critic, return_scale])
-    update, seconds, snapshots, updates = 0, 0.0, [], max(1, steps // (ENVS * HORIZON))
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        kept.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        update, seconds, snapshots = state["update"], state["seconds"], state["snapshots"]
-    start = time.time() - seconds
-    observation, _ = envs.reset(seed=seed + update)
-    as_tensor = lambda x: torch.as_tensor(x, dtype=torch.float32)
-    episode_return, discounted, recent = np.zeros(ENVS), torch.zeros(ENVS), []
-    while update < updates:
-        for group in optimizer.param_groups:
-            group["lr"] = PPO_LR * (1 - update / updates)
-        observations, inputs, actions, log_probs, values, rewards, dones = [], [], [], [], [], [], []
-        with torch.no_grad():
-            for _ in range(HORIZON):
-                observations.append(as_tensor(observation))
-                inputs.append(policy.normalise(observations[-1]))
-                distribution = policy(inputs[-1])
-                actions.append(distribution.sample())
-                log_probs.append(distribution.log_prob(actions[-1]).sum(-1))
-                values.append(critic(inputs[-1])[:, 0])
-                observation, reward, terminated, truncated, info = envs.step(actions[-1].clamp(-1, 1).numpy())
-                done = terminated | truncated
-                discounted = discounted * GAMMA + as_tensor(reward)
-                return_scale.update(discounted[:, None])
-                scaled = (as_tensor(reward) / (return_scale.var + 1e-8).sqrt()).clamp(-10, 10)
-                for i in np.flatnonzero(truncated & ~terminated):  # a time limit is no end: bootstrap
-                    final = policy.normalise(as_tensor(info["final_obs"][i]))
-                    scaled[i] += GAMMA * critic(final).item()
-                rewards.append(scaled)
-                dones.append(as_tensor(done))
-                episode_return += reward
-                recent = (recent + list(episode_return[done]))[-20:]
-                episode_return[done] = 0
-                discounted[torch.from_numpy(done)] = 0
-            policy.normalise.update(torch.cat(observations))
-            advantages, advantage = [], torch.zeros(ENVS)
-            following = critic(policy.normalise(as_tensor(observation)))[:, 0]
-            for t in reversed(range(HORIZON)):
-                delta = rewards[t] + GAMMA * following * (1 - dones[t]) - values[t]
-                advantage = delta + GAMMA * GAE_LAMBDA * (1 - dones[t]) * advantage
-                advantages.insert(0, advantage)
-                following = values[t]
-        inputs, actions, log_probs, values = map(torch.cat, (inputs, actions, log_probs, values))
-        advantages = torch.cat(advantages)
-        targets = advantages + values
-        for _ in range(EPOCHS):
-            for index in torch.randperm(len(inputs)).chunk(MINIBATCHES):
-                ratio = (policy(inputs[index]).log_prob(actions[index]).sum(-1) - log_probs[index]).exp()
-                weight = (advantages[index] - advantages[index].mean()) / (advantages[index].std() + 1e-8)
-                policy_loss = -torch.min(weight * ratio, weight * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
-                value_loss = (critic(inputs[index])[:, 0] - targets[index]).square().mean()
-                optimizer.zero_grad()
-                (policy_loss + 0.25 * value_loss).backward()
-                nn.utils.clip_grad_norm_(parameters, 0.5)
-                optimizer.step()
-        update += 1
-        if update % max(1, updates // SNAPSHOTS) == 0 and recent:
-            done_steps, seconds = update * ENVS * HORIZON, time.time() - start
-            state_dict = {key: value.clone() for key, value in policy.state_dict().items()}
-            snapshots.append({"policy": state_dict, "return": float(np.mean(recent)), "steps": done_steps})
-            state = {
-                "modules": kept.state_dict(), "optimizer": optimizer.state_dict(), "update": update,
-                "seconds": seconds, "snapshots": snapshots,
-            }  # fmt: skip
-            torch.save(state, path.with_suffix(".partial"))
-            os.replace(path.with_suffix(".partial"), path)
-            print(f"{name}: PPO step {done_steps:9,d}, return {np.mean(recent):7.1f}, {seconds:5.0f} s", flush=True)
-    envs.close()
-    return snapshots
-
-
-# -------------------------------------------------------------------------------- datasets
 
 
 class Snapshot:
     """A snapshot of PPO with a share of its exploration noise, drawn anew for each episode from [0, most]."""
 
-    def __init__(self, state_dict, most, rng):
-        action_size, state_size = len(state_dict["log_std"]), len(state_dict["normalise.mean"])
-        self.policy, self.most, self.rng = Policy(state_size, action_size), most, rng
-        self.policy.load_state_dict(state_dict)
+    def __init__(self, policy, moments, most, rng):
+        self.policy, self.mean, self.std = policy, moments.mean.copy(), np.sqrt(moments.var + 1e-8)
+        self.most, self.rng = most, rng
 
     def reset(self):
         self.noise = self.rng.uniform(0, self.most)
 
     @torch.no_grad()
     def act(self, observation):
-        normalised = self.policy.normalise(torch.as_tensor(observation, dtype=torch.float32))
-        distribution = self.policy(normalised)
-        return distribution.mean.numpy() + self.noise * distribution.stddev.numpy() * self.rng.standard_normal(
-            len(distribution.mean)
-        )
+        normalised = torch.as_tensor((observation - self.mean) / self.std, dtype=torch.float32).clamp(-10, 10)
+        distribution = self.policy.get_distribution(normalised[None]).distribution
+        mean, std = distribution.mean[0].numpy(), distribution.stddev[0].numpy()
+        return mean + self.noise * std * self.rng.standard_normal(len(mean))
+
+
+def train_ppo(name, task, steps, seed, rng):
+    """PPO of stable-baselines3 on normalised observations and rewards -> its Snapshots."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    snapshots = []
+
+    class Keep(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_start(self):
+            if self.num_timesteps * SNAPSHOTS >= (len(snapshots) + 1) * steps:
+                memory = io.BytesIO()
+                self.model.policy.save(memory)
+                memory.seek(0)
+                copy = type(self.model.policy).load(memory, device="cpu")
+                snapshots.append(Snapshot(copy, self.training_env.obs_rms, task.noise, rng))
+                returns = [episode["r"] for episode in self.model.ep_info_buffer]
+                print(f"{name}: PPO step {self.num_timesteps:9,d}, return {np.mean(returns):7.1f}", flush=True)
+
+        _on_training_end = _on_rollout_start
+
+    torch.set_num_threads(1)  # the networks are too small for more
+    envs = VecNormalize(make_vec_env(task.env_id, 8, seed))
+    schedule = lambda left: 3e-4 * left  # falls to 0
+    size = {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "policy_kwargs": {"log_std_init": -0.5}}
+    PPO("MlpPolicy", envs, schedule, **size, seed=seed, device="cpu").learn(steps, Keep())
+    return snapshots
 
 
 class Reacher:
@@ -242,12 +135,8 @@ class Reacher:
         self.noise = self.rng.uniform(0, 0.5)
 
     def act(self, observation):
-        sin, cos, velocity, tip, error = (
-            observation[0],
-            observation[2],
-            observation[4:6] / 0.15,
-            *observation[[6, 7, 10, 11]].reshape(2, 2),
-        )
+        sin, cos, velocity = observation[0], observation[2], observation[4:6] / 0.15
+        tip, error = observation[6:8], observation[10:12]
         angle = math.atan2(sin, cos) + 0.785  # of the upper arm, 0.6 m long
         forearm = tip - 0.6 * np.array([math.cos(angle), math.sin(angle)])
         jacobian = np.array([[-tip[1], -forearm[1]], [tip[0], forearm[0]]])
@@ -378,22 +267,19 @@ def collect(env, policies, shares, steps, seed):
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
-        episodes.append(
-            EpisodeBuffer(
-                id=len(episodes),
-                seed=seed + len(episodes),
-                observations=np.array(observations),
-                actions=np.array(actions),
-                rewards=np.array(rewards, np.float32),
-                terminations=np.array(terminations),
-                truncations=np.array(truncations),
-            )
-        )
+        arrays = {
+            "observations": observations,
+            "actions": actions,
+            "terminations": terminations,
+            "truncations": truncations,
+        }
+        arrays = {key: np.array(value) for key, value in arrays.items()} | {"rewards": np.array(rewards, np.float32)}
+        episodes.append(EpisodeBuffer(id=len(episodes), seed=seed + len(episodes), **arrays))
         taken[turn] += len(rewards)
     return episodes
 
 
-def make_dataset(name, folder, build, steps, seed):
+def make_dataset(name, folder, steps, seed):
     """Train, collect, and write the Minari dataset lamo/<name>/demo-v0 below `folder`, compressed."""
     start = time.time()
     task = TASKS[name]
@@ -403,8 +289,7 @@ def make_dataset(name, folder, build, steps, seed):
     with gym.make(task.env_id, **kwargs) as env:
         if task.ppo_steps:
             ppo_steps = min(task.ppo_steps, 20 * steps)  # a small dataset comes from a short training
-            snapshots = train_ppo(name, task, ppo_steps, build, seed)
-            policies = [Snapshot(snapshot["policy"], task.noise, rng) for snapshot in snapshots]
+            policies = train_ppo(name, task, ppo_steps, seed, rng)
             tries = [collect(env, [policy], np.ones(1), steps // 10, seed) for policy in policies]
             best = np.argmax([np.mean([episode.rewards.sum() for episode in tried]) for tried in tries])
             shares = np.full(len(policies), 0.5 / len(policies))
@@ -652,7 +537,7 @@ def main():
         elif name == "gpt2-tiny":
             make_gpt2_tiny(options.out / name, build, options.steps or LM_STEPS, options.seed)
         else:
-            make_dataset(name, options.out, build, options.steps, options.seed)
+            make_dataset(name, options.out, options.steps, options.seed)
 
 
 if __name__ == "__main__":
