@@ -16,10 +16,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from farama_notifications import notifications
 from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
+notifications.pop("gymnasium_robotics", None)  # which the kitchen prints, about other environments
 ALIVE = 20  # environments at a time, and rows that the policy computes: those of the kitchen take 90 MB each
 
 
