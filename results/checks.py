@@ -422,7 +422,7 @@ def test_a_dataset_whose_environment_cannot_be_made_takes_that_of_env(tmp_path):
     [
         ("--lm gpt2", "of gpt2 here, nor from the Hugging Face hub"),
         ("--data mujoco/hopper/medium-v0 --method dt", "of farama-minari/mujoco here, nor from"),
-        ("--text wikitext --lm {lm} --demo --steps 1", "of Salesforce/wikitext here, nor from"),
+        ("--text wikitext --lm {lm} --text-block 32 --demo --steps 1", "of Salesforce/wikitext here, nor from"),
         ("--device cpu", "of gpt2 here, nor from"),
     ],
 )
