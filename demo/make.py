@@ -57,7 +57,7 @@ TASKS = {
     "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000),
     "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000, noise=1.5),
     "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000, noise=1.5),
-    "reacher2d": Task("eval:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
+    "reacher2d": Task("demo.reacher2d:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
     "kitchen-complete": kitchen(3_000, subtasks=("microwave", "kettle", "light switch", "slide cabinet")),
     "kitchen-partial": kitchen(
         10_000, subtasks=("microwave", "kettle", "light switch", "slide cabinet"), attempts=(2, 4)
