@@ -16,8 +16,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 from farama_notifications import notifications
-from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
@@ -25,44 +25,16 @@ notifications.pop("gymnasium_robotics", None)  # which the kitchen prints, about
 ALIVE = 20  # environments at a time, and rows that the policy computes: those of the kitchen take 90 MB each
 
 
-class Reacher2d(MujocoEnv):
-    """The paper's sparse task, as in the authors' code: bring the fingertip of a two-link arm to a goal, and stay there.
-
-    Observation (12,): sin and cos of both angles, 0.15 * angular velocities, x and y of the fingertip, of the goal, and
-    of the fingertip minus the goal. Action (2,): torques in [-1, 1]. Reward 1 in each step that ends with
-    |dx| + |dy| < 0.1 m between fingertip and goal, else 0. An episode has 100 steps of 0.15 s.
-    """
-
-    metadata = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 7}
-
-    def __init__(self, **kwargs):
-        model = Path(__file__).resolve().parent / "demo" / "reacher2d.xml"
-        space = gym.spaces.Box(-np.inf, np.inf, (12,), np.float64)
-        super().__init__(str(model), frame_skip=15, observation_space=space, camera_name="top", **kwargs)
-
-    def step(self, action):
-        self.do_simulation(np.clip(action, -1, 1), self.frame_skip)
-        observation = self._observation()
-        if self.render_mode == "human":
-            self.render()
-        return observation, float(np.abs(observation[-2:]).sum() < 0.1), False, False, {}
-
-    def reset_model(self):
-        angles = self.np_random.uniform(-2, 2, size=2)
-        goal = np.zeros(2)
-        while not 0.5 <= np.linalg.norm(goal) <= 1:
-            goal = self.np_random.uniform(-1.5, 1.5, size=2)
-        self.model.body("goal").pos[:2] = goal
-        self.set_state(angles, np.zeros(2))
-        return self._observation()
-
-    def _observation(self):
-        angles, tip, goal = self.data.qpos, self.data.site("fingertip").xpos[:2], self.data.body("goal").xpos[:2]
-        return np.concatenate([np.sin(angles), np.cos(angles), self.dt * self.data.qvel, tip, goal, tip - goal])
+def processes():
+    """The number of this process among those of torchrun, from 0 on, and how many they are; else 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-if "lamo/Reacher2d-v0" not in gym.registry:  # `python eval.py` runs this file twice: as a script, and for lamo.py
-    gym.register("lamo/Reacher2d-v0", entry_point="eval:Reacher2d", max_episode_steps=100)
+def add_up(tensor):
+    """Replace a tensor by its sum over the processes of torchrun -> the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def vector(observation):
@@ -131,11 +103,11 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
     """
     device = next(policy.parameters()).device
     asked = np.repeat(np.asarray(targets, np.float32), episodes)  # of each of the N episodes
-    seeds = [seed + episode for _ in targets for episode in range(episodes)]
     returns, lengths = np.zeros(len(asked)), np.zeros(len(asked), int)
-    waiting = list(range(len(asked)))[::-1]
+    rank, world = processes()
+    waiting = list(range(len(asked)))[rank::world][::-1]  # torchrun's processes share the episodes
 
-    B = min(len(asked), environments.alive)
+    B = min(len(waiting), environments.alive)
     while len(environments.envs) < B:
         environments.envs.append(environments.make())
     K, S, A = policy.context, environments.observation_space.shape[0], environments.action_space.shape[0]
@@ -145,7 +117,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
     returns_to_go, timesteps = np.zeros((B, K), np.float32), np.zeros((B, K), np.int64)
     states, actions = np.zeros((B, K, S), np.float32), np.zeros((B, K, A), np.float32)
 
-    with tqdm(total=len(asked), desc="simulating", unit="episode", leave=False, disable=None) as progress:
+    with tqdm(total=len(waiting), desc="simulating", unit="episode", leave=False, disable=None) as progress:
 
         def end(row, total):
             returns[episode[row]], episode[row] = total, -1
@@ -157,7 +129,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
                 episode[row], t[row] = waiting.pop(), 0
                 for window in (returns_to_go, states, actions, timesteps):
                     window[row] = 0
-            starts = environments.threads.map(environments.reset, idle, [seeds[i] for i in episode[idle]])
+            starts = environments.threads.map(environments.reset, idle, (seed + episode[idle] % episodes).tolist())
             for row, (observation, total, ended) in zip(idle, starts):
                 if ended:
                     end(row, total)
@@ -192,6 +164,8 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
                     column += 1
                 states[row, column], returns_to_go[row, column] = observation, following
                 timesteps[row, column] = t[row]
+    for results in (returns, lengths):
+        add_up(torch.from_numpy(results))
     return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
 
 

@@ -46,7 +46,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from eval import Environments, best_target, evaluate, format_scores, vector
+from eval import Environments, add_up, best_target, evaluate, format_scores, processes, vector
 
 HERE = Path(__file__).resolve().parent
 NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
@@ -83,7 +83,7 @@ TASKS = {
     "kitchen-complete": Task(KITCHEN, "D4RL/kitchen/complete-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
     "kitchen-partial": Task(KITCHEN, "D4RL/kitchen/partial-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
     "kitchen-mixed": Task(KITCHEN, "D4RL/kitchen/mixed-v2", (5, 4, 3, 2, 1), 1, 20, (0, 4)),
-    "reacher2d": Task("eval:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),  # our data: Minari has none
+    "reacher2d": Task("demo.reacher2d:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),  # our data: Minari has none
 }  # fmt: skip
 
 METHODS = {
@@ -498,20 +498,35 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0, on L: part 4 -> the losses before it and the gradient's norm, by name."""
-    torch.manual_seed(config.seed * config.steps + step)  # a seed of its own, so that a run can go on from any step
+    """Take step number `step`, counted from 0, on L: part 4 -> the losses before it and the gradient's norm, by name.
+
+    The processes of torchrun draw the same batch, and each computes its share; gradients and losses are their sum.
+    """
+    seed = config.seed * config.steps + step  # of its own, so that a run can go on from any step
+    torch.manual_seed(seed)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
+    rank, world = processes()
     batch = trajectories.batch(config.batch, config.context)
+    share = {name: part[rank::world] for name, part in batch.items()}
+    crops = text.batch(config.text_batch)[rank::world] if text else None
+    if rank > 0:
+        torch.manual_seed(seed + (rank << 40))  # for dropout of its own
     optimizer.zero_grad()
-    losses = {"action_loss": model.action_loss(batch)}
-    losses["action_loss"].backward()  # at once, not after both: that would take twice the memory
+    action_loss = model.action_loss(share) * (share["mask"].sum() / batch["mask"].sum())
+    action_loss.backward()  # at once, not after both: that would take twice the memory
+    losses = {"action_loss": action_loss.detach()}
     if text:
-        losses["language_loss"] = model.language_loss(text.batch(config.text_batch).to(config.device))
-        (config.lang_coef * losses["language_loss"]).backward()
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+        language_loss = model.language_loss(crops.to(config.device)) / world
+        (config.lang_coef * language_loss).backward()
+        losses["language_loss"] = language_loss.detach()
+    trained = optimizer.param_groups[0]["params"]
+    if world > 1:
+        parts = [parameter.grad for parameter in trained if parameter.grad is not None] + list(losses.values())
+        nn.utils.vector_to_parameters(add_up(nn.utils.parameters_to_vector(parts)), parts)
+    losses["gradient_norm"] = nn.utils.clip_grad_norm_(trained, config.grad_clip)
     optimizer.step()
-    return {name: value.item() for name, value in (losses | {"gradient_norm": norm}).items()}
+    return {name: value.item() for name, value in losses.items()}
 
 
 def train(model, trajectories, text, environments, config, header, out, checkpoint=None):

@@ -580,8 +580,8 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
     for step in range(7):
         torch.manual_seed(5 * 7 + step)
         optimizer.param_groups[0]["lr"] = 0.5e-2 if step == 0 else 1e-2
-        action_loss = expected.action_loss(trajectories.batch(4, 5))
-        language_loss = expected.language_loss(text.batch(2))
+        windows, crops = trajectories.batch(4, 5), text.batch(2)
+        action_loss, language_loss = expected.action_loss(windows), expected.language_loss(crops)
         optimizer.zero_grad()
         (action_loss + 0.5 * language_loss).backward()
         norm = torch.stack([parameter.grad.norm() for parameter in trained]).norm()
@@ -725,7 +725,8 @@ def test_evaluation_scores():
         assert row["length_mean"] == lengths[i].mean()
         assert row["score"] == pytest.approx((returns[i].mean() - 10) * 2) and row["failed"] == 0
         every_resample = [np.mean(sample) for sample in itertools.product(returns[i], repeat=5)]
-        assert row["return_interval"] == pytest.approx(np.percentile(every_resample, (2.5, 97.5)), rel=0.02)
+        error = row["return_interval"] - np.percentile(every_resample, (2.5, 97.5))
+        assert np.abs(error).max() < 0.05 * returns[i].std()
     best, row = evaluation.best_target(scores)
     assert row["return_mean"] == max(row["return_mean"] for row in scores.values()) and scores[best] is row
     table = evaluation.format_scores(scores, (10.0, 60.0)).splitlines()
@@ -733,7 +734,7 @@ def test_evaluation_scores():
 
 
 def test_reacher2d_moves_as_the_authors_arm():
-    env = gym.make("eval:lamo/Reacher2d-v0").unwrapped
+    env = gym.make("demo.reacher2d:lamo/Reacher2d-v0").unwrapped
     env.reset(seed=0)
     env.set_state(np.array([0.5, -1.2]), np.zeros(2))
     # angles, velocities and fingertip after that many steps, recorded from the authors' model of the arm
@@ -753,7 +754,7 @@ def test_reacher2d_moves_as_the_authors_arm():
 
 
 def test_reacher2d_starts_pays_and_ends_as_the_authors():
-    env = gym.make("eval:lamo/Reacher2d-v0")
+    env = gym.make("demo.reacher2d:lamo/Reacher2d-v0")
     starts = []
     for seed in range(300):
         observation, _ = env.reset(seed=seed)
