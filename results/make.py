@@ -1,119 +1,115 @@
-"""Runs what the README's table shows and draws it: LaMo and DT on the demo's tasks, three seeds.
+"""Runs what the README compares: methods on the demo's tasks, all tuned alike. Goes on where it stopped.
 
-    python results/make.py            # about an hour on two CPU cores; goes on where it stopped
+    python results/make.py tune       # GRID, for each method on TUNING_TASKS with TUNING_SEED: 36 runs
+    python results/make.py main       # each method with its best setting of the grid, on TASKS with SEEDS
 
-Both methods get the same tuning first: each learning rate of LEARNING_RATES on each of TUNING_TASKS with TUNING_SEED,
-which the table does not use; the one with the higher mean score is the method's for all tasks. Writes table.md,
-returns.png (needs matplotlib) and scores.json. Two runs go on at a time with one thread each, so their seconds are not
-the README's.
+runs.csv gets a row when a run ends; a run that has a row is not run again. The settings and the seeds were written down
+here before the runs. A method has one setting for all tasks: the one with the highest score of the best target, as a
+mean over the tuning tasks, on a seed that the table does not use. Two runs go on at a time with one thread each, so
+that their seconds are not the README's.
 """
 
+import csv
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-TASKS = [  # environment, ratio, other options
-    ("hopper", "0.1", ""),
-    ("reacher2d", "1", ""),
-    ("kitchen-partial", "1", ""),
-    ("kitchen-mixed", "1", ""),
-]
-METHODS = ["lamo", "dt"]
-SEEDS = [0, 1, 2]
-LEARNING_RATES = ["1e-3", "3e-3"]
-TUNING_TASKS = [("hopper", "0.1", ""), ("kitchen-partial", "1", "")]  # one with dense rewards, one with sparse ones
+COLUMNS = ["task", "method", "options", "seed", "best_target", "best_return", "best_score", "mean_return", "mean_score"]
+COLUMNS += ["text_loss_before", "text_loss_after", "commit"]
+TASKS = {
+    "hopper 10%": "--env hopper --ratio 0.1",
+    "reacher2d": "--env reacher2d",
+    "kitchen-partial": "--env kitchen-partial",
+}
+TUNING_TASKS = ["hopper 10%", "kitchen-partial"]  # one with dense rewards, one with sparse ones
 TUNING_SEED = 100
+SEEDS = [0, 1, 2, 3, 4]
+GRID = {  # six settings for each method
+    method: [f"--lr {lr} {other}" for lr, other in itertools.product(("1e-3", "3e-3", "1e-2"), others)]
+    for method, others in {
+        "lamo": ("--lora-rank 16", "--lora-rank 64"),
+        "dt": ("--dropout 0", "--dropout 0.1"),
+        "wiki-rl": ("--dropout 0", "--dropout 0.1"),
+    }.items()
+}
+
+
+def rows():
+    """The rows of runs.csv, as dicts by column."""
+    path = HERE / "runs.csv"
+    return list(csv.DictReader(path.open())) if path.exists() else []
 
 
 def train(job):
-    """One run of lamo.py, unless it is there already -> its scores."""
-    (env, ratio, options), method, lr, seed = job
-    folder = HERE / "runs" / f"{env}-{ratio}{options[1:]}-{method}-{lr}-{seed}"
-    if not (folder / "scores.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-        task = f"--env {env} --ratio {ratio} {options} --method {method}"
-        command = f"lamo.py --demo {task} --lr {lr} --seed {seed} --out {folder}"
-        with open(f"{folder}.txt", "w") as output:
-            subprocess.run(
-                [sys.executable, *command.split()], cwd=HERE.parent, stdout=output, stderr=subprocess.STDOUT, check=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-    scores = json.loads((folder / "scores.json").read_text())
-    print(folder.name, round(scores["best"]["return_mean"], 2), flush=True)
-    return scores
+    """One run of lamo.py, and its row at the end of runs.csv."""
+    task, method, options, seed = job
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = f"lamo.py --demo {TASKS[task]} --method {method} {options} --seed {seed} --out {out}"
+        subprocess.run(
+            [sys.executable, *command.split()], cwd=HERE.parent, capture_output=True, check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        scores = json.loads((out / "scores.json").read_text())
+        header = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+        curves = HERE / "logs" / f"{task}_{method}_{options}_{seed}.jsonl".replace(" ", "").replace("%", "")
+        curves.parent.mkdir(exist_ok=True)
+        shutil.copy(out / "log.jsonl", curves)
+    best, targets = scores["best"], scores["targets"].values()
+    row = dict(zip(COLUMNS, job)) | {
+        "best_target": best["target"], "best_return": best["return_mean"], "best_score": best["score"],
+        "mean_return": np.mean([row["return_mean"] for row in targets]),
+        "mean_score": np.mean([row["score"] for row in targets]),
+        "text_loss_before": scores["text_loss_before"], "text_loss_after": scores["text_loss_after"],
+        "commit": header["commit"],
+    }  # fmt: skip
+    new = not rows()
+    with (HERE / "runs.csv").open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    print(*job, f"{best['return_mean']:.2f}", flush=True)
 
 
-def dataset_mean(env):
-    """Mean return of a demo dataset."""
-    import minari
+def run(jobs):
+    """Those of the jobs that have no row yet, two at a time."""
+    done = {(row["task"], row["method"], row["options"], int(row["seed"])) for row in rows()}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, [job for job in jobs if job not in done]))
 
-    dataset = minari.MinariDataset(HERE.parent / "demo" / "lamo" / env / "demo-v0" / "data")
-    return float(np.mean([episode.rewards.sum() for episode in dataset]))
 
-
-def draw(rows, path):
-    """Bars of the return in units of the dataset's mean return, a dot for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9.5, 3.0), layout="constrained")
-    for k, (method, colour) in enumerate(zip(METHODS, ("#4063d8", "#bbbbbb"))):
-        for i, row in enumerate(rows):
-            returns = np.array(row[method]) / row["dataset"]
-            axes.bar(i + 0.36 * (k - 0.5), returns.mean(), 0.34, color=colour, label=method if i == 0 else None)
-            axes.plot(np.full(len(returns), i + 0.36 * (k - 0.5)), returns, "k.", markersize=4)
-    axes.axhline(1, color="k", linewidth=0.8, linestyle="--")
-    notes = [row["options"][2:] or f"{float(row['ratio']):.0%} of data" for row in rows]
-    labels = [f"{row['env']}\n{note}" for row, note in zip(rows, notes)]
-    axes.set_xticks(range(len(rows)), labels, fontsize=8)
-    axes.set_ylabel("return / dataset's mean")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
-    figure.savefig(path, dpi=150)
+def tuned():
+    """The best setting of GRID for each method."""
+    scores = {
+        (row["task"], row["method"], row["options"], int(row["seed"])): float(row["best_score"]) for row in rows()
+    }
+    mean = lambda method, options: np.mean([scores[task, method, options, TUNING_SEED] for task in TUNING_TASKS])
+    return {method: max(grid, key=lambda options: mean(method, options)) for method, grid in GRID.items()}
 
 
 def main():
-    (HERE / "runs").mkdir(exist_ok=True)
-    with ThreadPoolExecutor(2) as pool:
-        grid = [(task, method, lr, TUNING_SEED) for method in METHODS for lr in LEARNING_RATES for task in TUNING_TASKS]
-        tuning = {method: {lr: [] for lr in LEARNING_RATES} for method in METHODS}
-        for (_, method, lr, _), scores in zip(grid, pool.map(train, grid)):
-            tuning[method][lr].append(scores["best"]["score"])
-        best = {method: max(LEARNING_RATES, key=lambda lr: np.mean(tuning[method][lr])) for method in METHODS}
-        print(tuning, best, flush=True)
-        jobs = [(task, method, best[method], seed) for seed in SEEDS for task in TASKS for method in METHODS]
-        scores = dict(zip(jobs, pool.map(train, jobs)))
-    rows = []
-    for task in TASKS:
-        env, ratio, options = task
-        row = {"env": env, "ratio": ratio, "options": options, "dataset": dataset_mean(env)}
-        for method in METHODS:
-            row[method] = [scores[task, method, best[method], seed]["best"]["return_mean"] for seed in SEEDS]
-        for when in ("before", "after"):
-            losses = [scores[task, "lamo", best["lamo"], seed][f"text_loss_{when}"] for seed in SEEDS]
-            row[f"text_loss_{when}"] = losses
-        rows.append(row)
-    (HERE / "scores.json").write_text(json.dumps({"tuning": tuning, "rows": rows}, indent=2) + "\n")
-    lines = ["| task | data | dataset's mean return | LaMo | DT | LaMo, each seed | DT, each seed |", "|---" * 7 + "|"]
-    for row in rows:
-        digits = 0 if row["dataset"] > 10 else 2
-        cells = [f"{np.mean(row[method]):.{digits}f} ± {np.std(row[method]):.{digits}f}" for method in METHODS]
-        seeds = [", ".join(f"{value:.{digits}f}" for value in row[method]) for method in METHODS]
-        name = f"{row['env']} {row['options']}".strip()
-        mean = f"{row['dataset']:.{digits}f}"
-        lines.append(f"| {name} | {float(row['ratio']):.0%} | {' | '.join([mean, *cells, *seeds])} |")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    draw(rows, HERE / "returns.png")
+    if sys.argv[1] == "tune":
+        run(
+            [
+                (task, method, grid[i], TUNING_SEED)
+                for i in range(6)
+                for method, grid in GRID.items()
+                for task in TUNING_TASKS
+            ]
+        )
+        print(tuned())
+    elif sys.argv[1] == "main":
+        run([(task, method, options, seed) for seed in SEEDS for task in TASKS for method, options in tuned().items()])
 
 
 if __name__ == "__main__":
