@@ -8,6 +8,7 @@ This file knows a policy and the spec of an environment, nothing else: neither d
 """
 
 import argparse
+import atexit
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,17 @@ from tqdm import tqdm
 
 notifications.pop("gymnasium_robotics", None)  # which the kitchen prints, about other environments
 ALIVE = 20  # environments at a time, and rows that the policy computes: those of the kitchen take 90 MB each
+
+
+def join_processes():
+    """Under torchrun, which starts a process for each GPU: become one of them. The first one speaks for all."""
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+        if dist.get_rank() > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def processes():
@@ -64,6 +76,12 @@ class Environments:
 
     def make(self):
         return gym.make(self.spec, render_mode=self.render_mode, disable_env_checker=True)
+
+    def grow(self, count):
+        """Have `count` copies ready, at most `alive` -> how many."""
+        count = min(count, self.alive)
+        self.envs += [self.make() for _ in range(count - len(self.envs))]
+        return count
 
     def reset(self, row, seed):
         """Start an episode -> (observation (S,), 0, False), as `step` does."""
@@ -107,9 +125,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
     rank, world = processes()
     waiting = list(range(len(asked)))[rank::world][::-1]  # torchrun's processes share the episodes
 
-    B = min(len(waiting), environments.alive)
-    while len(environments.envs) < B:
-        environments.envs.append(environments.make())
+    B = environments.grow(len(waiting))
     K, S, A = policy.context, environments.observation_space.shape[0], environments.action_space.shape[0]
     low, high = environments.action_space.low, environments.action_space.high
     # A row for each environment: its episode, that episode's time step, and its last K steps, left-aligned.

@@ -26,8 +26,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import timeit
 import zipfile
 from collections import namedtuple
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from eval import Environments, add_up, best_target, evaluate, format_scores, processes, vector
+from eval import Environments, add_up, best_target, evaluate, format_scores, join_processes, processes, vector
 
 HERE = Path(__file__).resolve().parent
 NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
@@ -87,11 +87,9 @@ TASKS = {
 }  # fmt: skip
 
 METHODS = {
-    "lamo": {},
-    # Decision Transformer (Chen et al. 2021): small, from scratch, no text
+    "lamo": {},  # then Decision Transformer (Chen et al. 2021): small, from scratch, no text
     "dt": {"lm": "none", "lang_coef": 0.0, "layers": 3, "width": 128, "heads": 1, "lora_rank": 0, "train_trunk": True, "embed": "linear"},
-    # "Can Wikipedia Help Offline Reinforcement Learning?" (Reid et al. 2022); of its losses, the language loss alone
-    "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},
+    "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},  # Reid et al. 2022; of its losses, the language loss alone
 }  # fmt: skip
 
 
@@ -113,13 +111,11 @@ def option(default, help, least=None, most=math.inf, **how):
 class Config:
     """Every setting of a run; the command line is made from it. The defaults are those of the authors' runs."""
 
-    # the task and its data
     env: str | None = option("hopper", "task; with --data alone, the environment that the data names", choices=TASKS)
     data: str | None = option(None, "Minari dataset id, or folder; None: the task's")
     ratio: float = option(1.0, "share of the dataset's trajectories to train on", 1e-9, 1)
     context: int = option(0, "K, time steps that the policy sees; 0: the task's", 0)
     delayed: bool = option(False, "move each trajectory's reward to its last step", action="store_true")
-    # the method
     method: str = option("lamo", "preset: LaMo, Decision Transformer, or Wiki-RL", choices=METHODS)
     lm: str = option("gpt2", "GPT-2 checkpoint, hub name or folder; none: random weights, without text")
     lora_rank: int = option(16, "r of LoRA; 0: no LoRA", 0)
@@ -135,7 +131,6 @@ class Config:
     width: int = option(768, "D, model width, for --lm none", 1)
     heads: int = option(12, "attention heads, for --lm none", 1)
     dropout: float = option(0.1, "GPT-2's dropout on embeddings, attention and residuals", 0, 1)
-    # the optimisation
     steps: int = option(100_000, "training steps", 1)
     batch: int = option(64, "B, windows of trajectories per training step", 1)
     lr: float = option(1e-4, "learning rate of AdamW", 0)
@@ -145,7 +140,6 @@ class Config:
     grad_clip: float = option(0.25, "largest norm of the gradient", 1e-9)
     seed: int = option(0, "seed of trajectories, weights, batches and simulator", 0, 10**6)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
-    # the evaluation
     targets: tuple[float, ...] | None = option(None, "returns to ask for; None: the task's", -1e9, 1e9, nargs="+")
     episodes: int = option(20, "evaluation episodes per target", 1, 10_000)
     eval_every: int = option(2500, "training steps between evaluations; the end is always evaluated", 1)
@@ -153,8 +147,7 @@ class Config:
     demo: str | None = option(None, "demo/ for all that is not given", action="store_const", const=f"{NOTICE} (--demo)")
 
 
-# Small enough for minutes on two CPU cores; a task's dataset is demo/lamo/<env>/demo-v0.
-DEMO = {
+DEMO = {  # small enough for minutes on two CPU cores; a task's dataset is demo/lamo/<env>/demo-v0
     "lm": "demo/gpt2-tiny", "text": "demo/text.txt", "layers": 3, "width": 128, "heads": 4, "dropout": 0.0,
     "text_block": 256, "steps": 1000, "batch": 32, "lr": 1e-3, "lr_schedule": "cosine", "warmup": 100, "eval_every": 1000,
 }  # fmt: skip
@@ -265,10 +258,7 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.1):
-        """GPT-2 with the weights of a checkpoint, by hub name (gpt2, gpt2-medium, ...) or folder: LaMo's part 1.
-
-        An InputError says that it cannot be had, is no GPT-2, or lacks weights.
-        """
+        """GPT-2 with the weights of a checkpoint, by hub name or folder, or an InputError: LaMo's part 1."""
         config = json.loads(find_file(name, "config.json").read_text())
         original = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
         for key, value in (original | {"scale_attn_by_inverse_layer_idx": False}).items():
@@ -399,10 +389,7 @@ class LaMo(nn.Module):
 
 # ---------------------------------------------------------------------------- data
 class Trajectories:
-    """Trajectories as flat tensors of N steps, one after the other; a batch of windows is one gather.
-
-    Made from lists of arrays: observations (T, S), actions (T, A), rewards (T,). An InputError says if they are not numbers.
-    """
+    """Trajectories, from lists of arrays (T, S), (T, A), (T,), as flat tensors of N steps; a batch of windows is one gather."""
 
     def __init__(self, observations, actions, rewards, device="cpu"):
         self.returns = np.array([reward.sum() for reward in rewards])  # of each trajectory
@@ -418,15 +405,13 @@ class Trajectories:
         self.states, self.actions = tensor(states), tensor(actions)  # (N, S), (N, A)
         self.returns_to_go = tensor(np.concatenate([reward[::-1].cumsum()[::-1] for reward in rewards]))  # (N,)
         self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in self.lengths]), device=device)
-        # (N,) one past the last step of the trajectory that a step is in
-        self.ends = torch.as_tensor(np.repeat(self.lengths.cumsum(), self.lengths), device=device)
+        self.ends = torch.as_tensor(
+            np.repeat(self.lengths.cumsum(), self.lengths), device=device
+        )  # one past the last step
 
     @classmethod
     def from_minari(cls, dataset, ratio, seed, delayed=False, device="cpu"):
-        """A random share `ratio` of the trajectories of a MinariDataset, drawn without replacement.
-
-        With `delayed`, all of a trajectory's reward comes at its last step (Chen et al. 2021, section 5.3).
-        """
+        """A random share `ratio` of the trajectories of a MinariDataset; `delayed` moves all reward to the last step."""
         total = dataset.total_episodes
         count = int(ratio * total + 1e-9)
         if count < 1:
@@ -457,8 +442,9 @@ class Text:
 
     def __init__(self, tokens, held_out, block):
         if min(len(tokens), len(held_out)) < block:
-            counts = f"{len(tokens)} tokens to train on and {len(held_out)} to hold out, one block has {block}"
-            raise InputError(f"the text has {counts}; give a longer text or a smaller --text-block")
+            raise InputError(
+                f"{len(tokens)} tokens of text, {len(held_out)} held out: too few for --text-block {block}"
+            )
         self.tokens, self.held_out, self.block = tokens, held_out, block
 
     def batch(self, size):
@@ -478,7 +464,7 @@ class Text:
 # ---------------------------------------------------------------------------- training
 LOG_EVERY = 50  # training steps
 SAVE_EVERY = 60  # seconds
-VERSION = 1  # of the checkpoints
+VERSION = 2  # of the checkpoints
 SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on: no two values of --seed share one
 
 
@@ -504,9 +490,8 @@ def training_step(model, optimizer, trajectories, text, step, config):
     """
     seed = config.seed * config.steps + step  # of its own, so that a run can go on from any step
     torch.manual_seed(seed)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    rank, world = processes()
+    [group], (rank, world) = optimizer.param_groups, processes()
+    group["lr"] = learning_rate(step, config)
     batch = trajectories.batch(config.batch, config.context)
     share = {name: part[rank::world] for name, part in batch.items()}
     crops = text.batch(config.text_batch)[rank::world] if text else None
@@ -520,11 +505,10 @@ def training_step(model, optimizer, trajectories, text, step, config):
         language_loss = model.language_loss(crops.to(config.device)) / world
         (config.lang_coef * language_loss).backward()
         losses["language_loss"] = language_loss.detach()
-    trained = optimizer.param_groups[0]["params"]
     if world > 1:
-        parts = [parameter.grad for parameter in trained if parameter.grad is not None] + list(losses.values())
+        parts = [parameter.grad for parameter in group["params"] if parameter.grad is not None] + list(losses.values())
         nn.utils.vector_to_parameters(add_up(nn.utils.parameters_to_vector(parts)), parts)
-    losses["gradient_norm"] = nn.utils.clip_grad_norm_(trained, config.grad_clip)
+    losses["gradient_norm"] = nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
     optimizer.step()
     return {name: value.item() for name, value in losses.items()}
 
@@ -543,23 +527,25 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     stop = []  # a first signal lets the step or evaluation finish, a second one ends the run at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(print("\nstopping after this step")))
-    with open(out / "log.jsonl", "a") as log:
+    first = processes()[0] == 0
+    with open(out / "log.jsonl", "a") if first else tempfile.TemporaryFile("w") as log:
         log.seek(log.truncate(log_size))
         if not checkpoint:
             print(json.dumps(header), file=log, flush=True)
         progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start, mininterval=1)
         for step in progress:  # `step` steps have been taken
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
+            stopping = add_up(torch.tensor(len(stop))) > 0  # of torchrun's processes, all or none
             if recent and (evaluating or step % LOG_EVERY == 0):
                 means = {name: float(np.mean(values)) for name, values in recent.items()}
                 progress.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
                 print(json.dumps({"step": step} | means), file=log, flush=True)
                 recent = {}
-            if evaluating or stop or time.monotonic() > saved_at + SAVE_EVERY:
+            if first and (evaluating or stopping or time.monotonic() > saved_at + SAVE_EVERY):
                 state = {"optimizer": optimizer.state_dict(), "step": step, "log_size": log.tell(), "recent": recent}
                 save(out / "checkpoint.pt", model, header, state)
-                saved_at, saved = time.monotonic(), step
-            if stop:
+                saved_at = time.monotonic()
+            if stopping:
                 sys.exit(f"stopped after {step} steps; go on with: python lamo.py --resume {out}")
             if evaluating:
                 asked = config.targets, config.episodes, config.seed * SEEDS, header["reference"], config.delayed
@@ -571,8 +557,9 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             for name, value in training_step(model, optimizer, trajectories, text, step, config).items():
                 recent.setdefault(name, []).append(value)
                 if not math.isfinite(value):
-                    last = f"the last good checkpoint, of step {saved}, is in {out}"
-                    raise InputError(f"{name} is {value} in step {step + 1}; try a smaller --lr ({last})")
+                    raise InputError(
+                        f"{name} is {value} in step {step + 1}; try a smaller --lr ({out} has a good checkpoint)"
+                    )
 
 
 # ---------------------------------------------------------------------------- language models, text and datasets
@@ -585,8 +572,7 @@ def find_file(name, filename, kind="model"):
         cached = try_to_load_from_cache(name, filename, repo_type=kind)
         if isinstance(cached, str):
             return Path(cached)
-        # Ask first: where the hub does not answer at all, the download would ask for six minutes.
-        get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)
+        get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)  # a download would ask for minutes
         return Path(hf_hub_download(name, filename, repo_type=kind))
 
 
@@ -610,9 +596,10 @@ def load_text(lm, text, block):
         tokenizer = Tokenizer.from_file(str(find_file(lm, "tokenizer.json")))
         if text == "wikitext":
             names = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
-            files = [f"wikitext-103-raw-v1/{name}.parquet" for name in names]
-            paths = [find_file("Salesforce/wikitext", file, "dataset") for file in files]
-            *train, held_out = (tokenize(path, tokenizer) for path in paths)
+            files = [
+                find_file("Salesforce/wikitext", f"wikitext-103-raw-v1/{name}.parquet", "dataset") for name in names
+            ]
+            *train, held_out = (tokenize(path, tokenizer) for path in files)
         else:
             tokens = tokenize(Path(text) if Path(text).exists() else HERE / text, tokenizer)
             *train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
@@ -631,8 +618,7 @@ def load_dataset(name):
 
 
 def recorded_rewards(dataset, episode):
-    """The rewards (T,) of an episode. In the kitchen, Minari's recordings pay for a subtask in every step after it, too:
-    here it pays once, as in D4RL's scores."""
+    """The rewards (T,) of an episode. Minari's kitchen pays for a subtask in each later step, too; here it pays once."""
     if not dataset.env_spec or dataset.env_spec.kwargs.get("remove_task_when_completed", True):
         return episode.rewards
     achieved, desired = (episode.observations[name] for name in ("achieved_goal", "desired_goal"))
@@ -712,15 +698,9 @@ def load(folder, device="cpu"):
 
 
 def configure(given):
-    """The options that were given, by name -> Config.
-
-    What is given goes before the preset of the method, that before the settings of the demo, those before the defaults.
-    """
+    """Options that were given, by name -> Config. They go before the method's preset, and that before the demo's settings."""
     if "data" in given:
         given = {"env": None} | given  # the dataset says it
-    for name in given.keys() & {"lm", "data", "text"}:
-        if Path(given[name]).exists():
-            given[name] = str(Path(given[name]).resolve())  # to be found from another folder, too
     config = Config(**METHODS[given.get("method", "lamo")] | given)
     named = given.keys() & {"lm", "data", "text", "device"}  # what is named is never replaced
     why = None if config.demo or named else out_of_reach(config)
@@ -740,10 +720,7 @@ def configure(given):
 def out_of_reach(config):
     """Why the authors' run cannot start here, in words; None if it can, and then its files have been fetched."""
     if not torch.cuda.is_available():
-        seconds = min(timeit.repeat("m @ m", "m = torch.rand(2048, 2048)", number=1, globals=globals())) / (2 * 2048**3)
-        tokens = config.batch * 3 * 20 + config.text_batch * config.text_block * (config.lang_coef > 0)
-        operations = (6 if config.train_trunk else 4) * 12 * config.layers * config.width**2 * tokens * config.steps
-        return f"no GPU: {config.steps:,} steps would take {operations * seconds / 3600:.3g} hours; force it with --device cpu"
+        return "no GPU; to train with the paper's settings all the same, add --device cpu"
     try:
         load_dataset(TASKS[config.env].data)
         for filename in ("config.json", "model.safetensors") if config.lm != "none" else ():
@@ -754,8 +731,8 @@ def out_of_reach(config):
         return str(error)
 
 
-def run(config, out, checkpoint=None):
-    """Train and evaluate as a Config says; the folder `out` then has log.jsonl, checkpoint.pt and scores.json."""
+def run(config, out=None, checkpoint=None):
+    """Train and evaluate as a Config says, into the folder `out`; without one, only measure where the time goes."""
     started, task = time.time(), TASKS.get(config.env)
     with on_error(f"--device {config.device} cannot be used here; leave it out, or give cpu"):
         torch.zeros(1, device=config.device)
@@ -771,53 +748,52 @@ def run(config, out, checkpoint=None):
         if shapes != (environments.observation_space.shape, environments.action_space.shape):
             raise InputError(f"--data {config.data} has observations and actions of {shapes}, unlike its environment")
     returns, best = trajectories.returns, float(trajectories.returns.max())
-    half = best / 2 if best > 0 else 2 * best  # half as good
-    config = replace(config, targets=config.targets or tuple(dict.fromkeys((best, half))))
+    default = dict.fromkeys((best, best / 2 if best > 0 else 2 * best))  # the best return, and half as good
+    config = replace(config, targets=config.targets or tuple(default))
     arguments = {
         "max_timesteps": max(int(trajectories.lengths.max()), environments.spec.max_episode_steps or 0),
         "return_scale": task.return_scale if task else 10.0 ** round(math.log10(max(abs(returns).max(), 1e-3))),
         "state_stats": [trajectories.state_mean.tolist(), trajectories.state_std.tolist()],
         "action_bounds": [environments.action_space.low.tolist(), environments.action_space.high.tolist()],
     }
-    model = build_model(config, arguments)
+    model = build_model(config, arguments, checkpoint)
     text = load_text(config.lm, config.text, config.text_block) if config.lang_coef > 0 else None
     recorded = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
     reference = recorded if None not in recorded else task.reference if task else (0, 100)
     arrays = trajectories.states, trajectories.actions, trajectories.returns_to_go
-    status, commit = subprocess.getstatusoutput(f"git -C '{HERE}' describe --always --dirty")
     header = {
         "config": asdict(config), "arguments": arguments, "reference": reference,
         "lm_sha256": model.gpt2.sha256, "env_spec": environments.spec.to_json(),
         "data_sha256": hashlib.sha256(b"".join(array.cpu().numpy().tobytes() for array in arrays)).hexdigest(),
         "trajectories": len(returns), "device": torch.cuda.get_device_name(config.device) if model.state_mean.is_cuda else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "minari")},
-        "commit": commit if status == 0 else None,
+        "commit": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty 2>{os.devnull}") or None,
     }  # fmt: skip
-
     total, trained = np.sum([(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()], axis=0)
     chosen = f"{len(returns)} of {dataset.total_episodes} trajectories, {len(trajectories.states)} steps"
     print(f"data    {config.data}: {chosen}, returns {returns.min():.1f} to {best:.1f}, mean {returns.mean():.1f}")
     print(f"model   {config.method} on {config.lm}: {trained:,} of {total:,} parameters train")
     if text:
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, {len(text.held_out):,} held out")
-    print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
-    before = text and text.held_out_loss(model.eval())
-    if checkpoint:
-        if checkpoint["header"]["data_sha256"] != header["data_sha256"]:
-            raise InputError(f"--data {config.data} has changed since the run started; start a new one")
-        model = build_model(config, arguments, checkpoint)
-    scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
-    after = text and text.held_out_loss(model.eval())
+    if out is None:
+        from results.timing import profile
 
+        return profile(model, trajectories, text, environments, config)
+    print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
+    if checkpoint and checkpoint["header"]["data_sha256"] != header["data_sha256"]:
+        raise InputError(f"--data {config.data} has changed since the run started; start a new one")
+    header["text_loss"] = checkpoint["header"]["text_loss"] if checkpoint else text and text.held_out_loss(model.eval())
+    scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
+    if processes()[0] > 0:
+        return
+    after = text and text.held_out_loss(model.eval())
     target, row = best_target(scores)
-    summary = {
-        "best": {"target": float(target)} | row, "targets": scores, "dataset": config.data, "lm": config.lm,
-        "demo": bool(config.demo), "text_loss_before": before, "text_loss_after": after,
-    }  # fmt: skip
+    summary = {"best": {"target": float(target)} | row, "targets": scores, "dataset": config.data, "lm": config.lm}
+    summary |= {"demo": bool(config.demo), "text_loss_before": header["text_loss"], "text_loss_after": after}
     (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\n{config.demo or config.data}\n{format_scores(scores, reference)}")
     if text:
-        print(f"language loss on held-out text: {before:.3f} before, {after:.3f} after (nats per token)")
+        print(f"language loss on held-out text: {header['text_loss']:.3f} before, {after:.3f} after (nats per token)")
     print(f"{time.time() - started:.0f} s, all in {out}; evaluate it again: python eval.py {out}")
 
 
@@ -827,7 +803,10 @@ def main(arguments):
     for item in fields(Config):
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **item.metadata)
     parser.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with a stopped run")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, and stop")
     given = vars(parser.parse_args(arguments))
+    profiling = given.pop("profile")
+    join_processes()
     if "resume" in given:
         out = Path(given.pop("resume"))
         if given.keys() - {"device"}:
@@ -839,14 +818,20 @@ def main(arguments):
         task = config.env or config.data.strip("/").replace("/", "-")
         name = f"{task}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' * bool(config.demo)}"
         out = Path(config.out or f"runs/{name}")
+    rank, world = processes()
+    if config.batch % world or (config.lang_coef > 0 and config.text_batch % world):
+        raise InputError(f"--batch and --text-batch must be multiples of {world}, the number of processes")
+    print(config.demo or f"{config.method} on {config.data}", flush=True)
+    if profiling:
+        return run(config)
+    if rank == 0 and not checkpoint:
         with on_error(f"cannot make the folder {out}; go on with --resume {out}, or choose another --out"):
             out.mkdir(parents=True)
-    print(config.demo or f"{config.method} on {config.data}", flush=True)
     try:
         run(config, out, checkpoint)
     except BaseException as error:
         if not (out / "checkpoint.pt").exists():
-            shutil.rmtree(out)  # nothing half-written
+            shutil.rmtree(out, ignore_errors=True)  # nothing half-written
         elif isinstance(error, OSError):
             raise InputError(f"{error}; once that is fixed, go on with --resume {out}") from error
         raise
@@ -857,7 +842,7 @@ def run_command(main):
     try:
         main(sys.argv[1:])
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.__stderr__)
         sys.exit(2)
 
 

@@ -526,7 +526,7 @@ def test_text_is_cropped_and_held_out(tmp_path, lm_folder):
     assert set(text.batch(500)[:, 0].tolist()) == {0, 1, 2, 3, 4}
     assert Text(tokens[:16], tokens, 16).batch(2).tolist() == [list(range(16))] * 2
     for short in ((tokens[:15], tokens), (tokens, tokens[:15])):
-        with pytest.raises(InputError, match="one block has 16"):
+        with pytest.raises(InputError, match="15 tokens.*too few|15 held out: too few"):
             Text(*short, 16)
 
 
@@ -606,20 +606,6 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
         again[name]["return_mean"] == pytest.approx(row["return_mean"], rel=0.01) for name, row in scores.items()
     )
     assert expected.training
-
-
-def test_loss_is_logged_every_50_steps(tmp_path):
-    run = hopper_run(tmp_path / "run")
-    lamo.train(*run[:4], replace(run[4], steps=101, eval_every=500, batch=1, text_batch=1), *run[5:])
-    assert [line.get("step") for line in read_log(tmp_path / "run")] == [None, 50, 100, 101, 101]
-
-
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    run = hopper_run(tmp_path / "run")
-    with pytest.raises(InputError, match="is (nan|inf) in step .; try a smaller --lr .*checkpoint, of step 0, is in"):
-        lamo.train(*run[:4], replace(run[4], lr=1e30, warmup=0, eval_every=1000), *run[5:])
-    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
-    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -831,6 +817,21 @@ def test_command_line_from_start_to_end(trained, lm_folder):
     assert again == read_scores(folder)["targets"]
 
 
+def test_two_processes_equal_one(tmp_path, lm_folder):
+    """Gradients of half a batch each add up to those of one: with windows that end early, text, and shared episodes."""
+    options = f"{SHORT} --context 100 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
+    double = f"-m torch.distributed.run --standalone --nproc-per-node 2 {HERE}/lamo.py"
+    for script, out in (f"{HERE}/lamo.py", "one"), (double, "two"):
+        result = command(script, *options.split(), tmp_path / out, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("DEMO ASSETS") == 2  # one process speaks
+    one, two = (lamo.read_checkpoint(tmp_path / out)["weights"] for out in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=1e-5, msg=name)
+    one, two = (read_scores(tmp_path / out)["targets"]["1500"]["return_mean"] for out in ("one", "two"))
+    assert two == pytest.approx(one, rel=0.01)
+
+
 # ---------------------------------------------------------------------------- stopping and going on
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     """It dies each time it evaluates or saves, and goes on from what is in its folder."""
@@ -987,8 +988,6 @@ def test_without_a_gpu_the_demo_is_taken_loudly(tmp_path, monkeypatch, capsys):
     assert read_log(tmp_path / "run")[0]["config"]["demo"] == printed[0]
 
 
-# ---------------------------------------------------------------------------- bad input
-# ---------------------------------------------------------------------------- CUDA
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees_with_cpu(trained):
     on_cpu, _, _ = lamo.load(trained[0], "cpu")

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import zlib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -43,6 +43,31 @@ from test_lamo import HERE, HOPPER, SHORT, WORDS, command, hopper_run, read_log,
 pytest_plugins = "test_lamo"  # for its fixtures
 
 KILLS = int(os.environ.get("LAMO_KILLS", 2))
+
+
+def test_loss_is_logged_every_50_steps(tmp_path):
+    run = hopper_run(tmp_path / "run")
+    lamo.train(*run[:4], replace(run[4], steps=101, eval_every=500, batch=1, text_batch=1), *run[5:])
+    assert [line.get("step") for line in read_log(tmp_path / "run")] == [None, 50, 100, 101, 101]
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    run = hopper_run(tmp_path / "run")
+    with pytest.raises(InputError, match="is (nan|inf) in step .; try a smaller --lr .*run has a good checkpoint"):
+        lamo.train(*run[:4], replace(run[4], lr=1e30, warmup=0, eval_every=1000), *run[5:])
+    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_profile_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for method, parts in ("lamo", 7), ("dt", 6):
+        lamo.main(f"{SHORT} --method {method} --profile".split())
+        lines = capsys.readouterr().out.split("held out\n")[-1].splitlines()[-parts - 1 :]
+        assert [line.split()[0] for line in lines[-4:]] == ["whole", "speed", "peak", "evaluation"]
+        parts = {line[:12].strip(): float(line[12:].split()[0]) for line in lines[:-3] if " ms " in line}
+        assert 0.5 * parts["whole step"] < sum(parts.values()) - parts["whole step"] < 2 * parts["whole step"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):

@@ -1,0 +1,50 @@
+"""Where the time of a run goes: python lamo.py ... --profile"""
+
+import resource
+import timeit
+
+import numpy as np
+import torch
+
+import lamo
+from eval import ALIVE
+
+
+def profile(model, trajectories, text, environments, config):
+    """Print what a training step and an evaluation of this Config take: medians of five calls, after one to warm up."""
+
+    def seconds(function):
+        waiting = lambda: (function(), torch.zeros(1, device=config.device).item())  # until a GPU is done
+        return np.median(timeit.repeat(waiting, number=1, repeat=6)[1:])
+
+    optimizer = lamo.make_optimizer(model.train(), config)
+    windows, crops = trajectories.batch(config.batch, config.context), torch.empty(0, 1)
+    parts = {"sampling": seconds(lambda: trajectories.batch(config.batch, config.context))}
+    parts["trajectories"] = seconds(lambda: model.action_loss(windows).backward())
+    if text:
+        crops = text.batch(config.text_batch).to(config.device)
+        parts["sampling"] += seconds(lambda: text.batch(config.text_batch).to(config.device))
+        parts["text"] = seconds(lambda: model.language_loss(crops).backward())
+    parts["optimiser"] = seconds(optimizer.step)
+    parts["whole step"] = whole = seconds(lambda: lamo.training_step(model, optimizer, trajectories, text, 0, config))
+    for name, part in parts.items():
+        print(f"{name:12} {1000 * part:10.2f} ms {part / whole:7.1%}")
+
+    # A matrix product per weight: forward, backward to the inputs and, where weights train, backward to the weights.
+    blocks = sum(weight.numel() for weight in model.gpt2.h.parameters() if weight.dim() == 2)
+    products = blocks * (3 * windows["mask"].numel() + crops.numel()) + model.gpt2.wte.weight.numel() * crops.numel()
+    speed = 2 * products * (3 if config.train_trunk else 2) / whole / 1e9
+    matrix = torch.rand(4096, 4096, device=config.device)
+    peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
+    print(f"speed        {speed:10,.0f} GFLOP/s, {speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
+    cuda, memory = model.state_mean.is_cuda, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory  {(torch.cuda.max_memory_allocated() if cuda else memory) / 2**30:10.2f} GiB")
+
+    rows = range(environments.grow(ALIVE))
+    list(environments.threads.map(environments.reset, rows, rows))
+    actions = [environments.action_space.sample() for _ in rows]
+    stepping = seconds(lambda: list(environments.threads.map(environments.step, rows, actions))) / len(rows)
+    history = trajectories.batch(len(rows), config.context)
+    lengths = history.pop("mask").sum(dim=1)
+    acting = seconds(lambda: model.eval().act(**history, lengths=lengths)) / len(rows)
+    print(f"evaluation   {1 / stepping:10,.0f} environment steps/s, {1 / acting:,.0f} actions/s")
