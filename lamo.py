@@ -394,20 +394,19 @@ class Trajectories:
     def __init__(self, observations, actions, rewards, device="cpu"):
         self.returns = np.array([reward.sum() for reward in rewards])  # of each trajectory
         self.lengths = np.array([len(reward) for reward in rewards])
-        states, actions = np.concatenate(observations).astype(np.float64), np.concatenate(actions)
+        states, actions = np.concatenate(observations), np.concatenate(actions)
         if np.isnan(states).any() or not (np.isfinite(actions).all() and np.isfinite(self.returns).all()):
             raise InputError("a trajectory has an observation that is NaN, or an action or a reward that is not finite")
-        finite = np.ma.masked_invalid(states)  # infinities have no part in the statistics
-        std = finite.std(axis=0).filled(0.0)
-        self.state_mean = finite.mean(axis=0).filled(0.0)  # (S,)
+        finite = np.isfinite(states)  # infinities have no part in the statistics
+        std = states.std(axis=0, dtype=np.float64, where=finite)
+        self.state_mean = np.nan_to_num(states.mean(axis=0, dtype=np.float64, where=finite))  # (S,)
         self.state_std = np.where(std > 1e-6, std + 1e-6, 1.0)  # (S,); a constant is only centred
         tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
         self.states, self.actions = tensor(states), tensor(actions)  # (N, S), (N, A)
         self.returns_to_go = tensor(np.concatenate([reward[::-1].cumsum()[::-1] for reward in rewards]))  # (N,)
         self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in self.lengths]), device=device)
-        self.ends = torch.as_tensor(
-            np.repeat(self.lengths.cumsum(), self.lengths), device=device
-        )  # one past the last step
+        # (N,) one past the last step of the trajectory that a step is in
+        self.ends = torch.as_tensor(np.repeat(self.lengths.cumsum(), self.lengths), device=device)
 
     @classmethod
     def from_minari(cls, dataset, ratio, seed, delayed=False, device="cpu"):

@@ -1,19 +1,17 @@
-"""Runs what the README compares: methods on the demo's tasks, all tuned alike. Goes on where it stopped.
+"""Runs what compares the methods fairly on the demo's tasks, all tuned alike, and keeps a row for each in runs.csv.
 
-    python results/make.py tune       # GRID, for each method on TUNING_TASKS with TUNING_SEED: 36 runs
-    python results/make.py main       # each method with its best setting of the grid, on TASKS with SEEDS
+    python results/make.py            # about three hours on two CPU cores; goes on where it stopped
 
-runs.csv gets a row when a run ends; a run that has a row is not run again. The settings and the seeds were written down
-here before the runs. A method has one setting for all tasks: the one with the highest score of the best target, as a
-mean over the tuning tasks, on a seed that the table does not use. Two runs go on at a time with one thread each, so
-that their seconds are not the README's.
+First the tuning: the six settings of GRID for each method, on TUNING_TASKS with TUNING_SEED. A method has one setting for
+all tasks: the one with the highest score of the best target, as a mean over the tuning tasks, on a seed that the table
+does not use. Then each method with its setting on TASKS with SEEDS. The grid, the tasks and the seeds were written down
+here before the runs. A run that has a row is not run again. Two runs go on at a time with one thread each.
 """
 
 import csv
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,9 +59,6 @@ def train(job):
         )  # fmt: skip
         scores = json.loads((out / "scores.json").read_text())
         header = json.loads((out / "log.jsonl").read_text().splitlines()[0])
-        curves = HERE / "logs" / f"{task}_{method}_{options}_{seed}.jsonl".replace(" ", "").replace("%", "")
-        curves.parent.mkdir(exist_ok=True)
-        shutil.copy(out / "log.jsonl", curves)
     best, targets = scores["best"], scores["targets"].values()
     row = dict(zip(COLUMNS, job)) | {
         "best_target": best["target"], "best_return": best["return_mean"], "best_score": best["score"],
@@ -98,18 +93,16 @@ def tuned():
 
 
 def main():
-    if sys.argv[1] == "tune":
-        run(
-            [
-                (task, method, grid[i], TUNING_SEED)
-                for i in range(6)
-                for method, grid in GRID.items()
-                for task in TUNING_TASKS
-            ]
-        )
-        print(tuned())
-    elif sys.argv[1] == "main":
-        run([(task, method, options, seed) for seed in SEEDS for task in TASKS for method, options in tuned().items()])
+    run(
+        [
+            (task, method, grid[i], TUNING_SEED)
+            for i in range(6)
+            for method, grid in GRID.items()
+            for task in TUNING_TASKS
+        ]
+    )
+    print(tuned(), flush=True)
+    run([(task, method, options, seed) for seed in SEEDS for task in TASKS for method, options in tuned().items()])
 
 
 if __name__ == "__main__":
