@@ -841,7 +841,8 @@ def run_command(main):
     try:
         main(sys.argv[1:])
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.__stderr__)
+        stream = sys.__stderr__ if processes()[0] > 0 else sys.stderr  # heard from any process
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=stream)
         sys.exit(2)
 
 

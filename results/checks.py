@@ -315,7 +315,7 @@ BAD_INPUT = {
     """,
     "resume": """
         --resume {bad}: checkpoint.pt|--resume {bad}/nowhere: checkpoint.pt|--resume {bad}/cut: cut|--steps 1 --resume {bad}: no other option
-        --resume {bad}/altered: checkpoint.pt|--resume {bad}/old: version 0|--resume {bad}/other-lm: is not the one
+        --resume {bad}/altered: checkpoint.pt|--resume {bad}/old: version 1|--resume {bad}/other-lm: is not the one
     """,
     "eval": """
         |{bad}: checkpoint.pt|{bad}/cut: cut|{bad}/altered: checkpoint.pt|{bad}/other-lm: is not the one|{run} --seed -1|{run} --episodes 0
