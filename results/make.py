@@ -41,10 +41,11 @@ GRID = {  # six settings for each method
 }
 
 
-def rows():
-    """The rows of runs.csv, as dicts by column."""
+def finished():
+    """The rows of runs.csv, as dicts by column, by job: task, method, options and seed."""
     path = HERE / "runs.csv"
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    return {(row["task"], row["method"], row["options"], int(row["seed"])): row for row in rows}
 
 
 def train(job):
@@ -67,7 +68,7 @@ def train(job):
         "text_loss_before": scores["text_loss_before"], "text_loss_after": scores["text_loss_after"],
         "commit": header["commit"],
     }  # fmt: skip
-    new = not rows()
+    new = not finished()
     with (HERE / "runs.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
@@ -78,31 +79,27 @@ def train(job):
 
 def run(jobs):
     """Those of the jobs that have no row yet, two at a time."""
-    done = {(row["task"], row["method"], row["options"], int(row["seed"])) for row in rows()}
+    done = finished()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, [job for job in jobs if job not in done]))
 
 
 def tuned():
     """The best setting of GRID for each method."""
-    scores = {
-        (row["task"], row["method"], row["options"], int(row["seed"])): float(row["best_score"]) for row in rows()
-    }
-    mean = lambda method, options: np.mean([scores[task, method, options, TUNING_SEED] for task in TUNING_TASKS])
-    return {method: max(grid, key=lambda options: mean(method, options)) for method, grid in GRID.items()}
+    rows = finished()
+
+    def score(method, options):
+        return np.mean([float(rows[task, method, options, TUNING_SEED]["best_score"]) for task in TUNING_TASKS])
+
+    return {method: max(grid, key=lambda options: score(method, options)) for method, grid in GRID.items()}
 
 
 def main():
-    run(
-        [
-            (task, method, grid[i], TUNING_SEED)
-            for i in range(6)
-            for method, grid in GRID.items()
-            for task in TUNING_TASKS
-        ]
-    )
-    print(tuned(), flush=True)
-    run([(task, method, options, seed) for seed in SEEDS for task in TASKS for method, options in tuned().items()])
+    settings = [(method, options) for turn in zip(*GRID.values()) for method, options in zip(GRID, turn)]
+    run([(task, *setting, TUNING_SEED) for setting in settings for task in TUNING_TASKS])
+    best = tuned()
+    print(best, flush=True)
+    run([(task, *setting, seed) for seed in SEEDS for task in TASKS for setting in best.items()])
 
 
 if __name__ == "__main__":
