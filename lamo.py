@@ -87,7 +87,8 @@ TASKS = {
 }  # fmt: skip
 
 METHODS = {
-    "lamo": {},  # then Decision Transformer (Chen et al. 2021): small, from scratch, no text
+    "lamo": {},
+    # Decision Transformer (Chen et al. 2021): small, from scratch, no text
     "dt": {"lm": "none", "lang_coef": 0.0, "layers": 3, "width": 128, "heads": 1, "lora_rank": 0, "train_trunk": True, "embed": "linear"},
     "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},  # Reid et al. 2022; of its losses, the language loss alone
 }  # fmt: skip
@@ -441,9 +442,8 @@ class Text:
 
     def __init__(self, tokens, held_out, block):
         if min(len(tokens), len(held_out)) < block:
-            raise InputError(
-                f"{len(tokens)} tokens of text, {len(held_out)} held out: too few for --text-block {block}"
-            )
+            counts = f"{len(tokens)} tokens to train on and {len(held_out)} to hold out, one block has {block}"
+            raise InputError(f"the text has {counts}; give a longer text or a smaller --text-block")
         self.tokens, self.held_out, self.block = tokens, held_out, block
 
     def batch(self, size):
@@ -489,13 +489,14 @@ def training_step(model, optimizer, trajectories, text, step, config):
     """
     seed = config.seed * config.steps + step  # of its own, so that a run can go on from any step
     torch.manual_seed(seed)
-    [group], (rank, world) = optimizer.param_groups, processes()
+    rank, world = processes()
+    group = optimizer.param_groups[0]
     group["lr"] = learning_rate(step, config)
     batch = trajectories.batch(config.batch, config.context)
     share = {name: part[rank::world] for name, part in batch.items()}
     crops = text.batch(config.text_batch)[rank::world] if text else None
     if rank > 0:
-        torch.manual_seed(seed + (rank << 40))  # for dropout of its own
+        torch.manual_seed(hash((seed, rank)))  # for dropout of its own
     optimizer.zero_grad()
     action_loss = model.action_loss(share) * (share["mask"].sum() / batch["mask"].sum())
     action_loss.backward()  # at once, not after both: that would take twice the memory
@@ -526,8 +527,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     stop = []  # a first signal lets the step or evaluation finish, a second one ends the run at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(print("\nstopping after this step")))
-    first = processes()[0] == 0
-    with open(out / "log.jsonl", "a") if first else tempfile.TemporaryFile("w") as log:
+    with open(out / "log.jsonl", "a") if processes()[0] == 0 else tempfile.TemporaryFile("w") as log:
         log.seek(log.truncate(log_size))
         if not checkpoint:
             print(json.dumps(header), file=log, flush=True)
@@ -540,10 +540,11 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
                 progress.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
                 print(json.dumps({"step": step} | means), file=log, flush=True)
                 recent = {}
-            if first and (evaluating or stopping or time.monotonic() > saved_at + SAVE_EVERY):
+            if evaluating or stopping or time.monotonic() > saved_at + SAVE_EVERY:
                 state = {"optimizer": optimizer.state_dict(), "step": step, "log_size": log.tell(), "recent": recent}
-                save(out / "checkpoint.pt", model, header, state)
-                saved_at = time.monotonic()
+                if processes()[0] == 0:
+                    save(out / "checkpoint.pt", model, header, state)
+                saved_at, saved = time.monotonic(), step
             if stopping:
                 sys.exit(f"stopped after {step} steps; go on with: python lamo.py --resume {out}")
             if evaluating:
@@ -556,9 +557,8 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             for name, value in training_step(model, optimizer, trajectories, text, step, config).items():
                 recent.setdefault(name, []).append(value)
                 if not math.isfinite(value):
-                    raise InputError(
-                        f"{name} is {value} in step {step + 1}; try a smaller --lr ({out} has a good checkpoint)"
-                    )
+                    last = f"the last good checkpoint, of step {saved}, is in {out}"
+                    raise InputError(f"{name} is {value} in step {step + 1}; try a smaller --lr ({last})")
 
 
 # ---------------------------------------------------------------------------- language models, text and datasets
@@ -815,8 +815,8 @@ def main(arguments):
     else:
         checkpoint, config = None, configure(given)
         task = config.env or config.data.strip("/").replace("/", "-")
-        name = f"{task}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' * bool(config.demo)}"
-        out = Path(config.out or f"runs/{name}")
+        demo = "-demo" * bool(config.demo)
+        out = Path(config.out or f"runs/{task}-{config.method}-{config.ratio:g}-{config.seed}{demo}")
     rank, world = processes()
     if config.batch % world or (config.lang_coef > 0 and config.text_batch % world):
         raise InputError(f"--batch and --text-batch must be multiples of {world}, the number of processes")
