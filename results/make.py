@@ -1,11 +1,12 @@
 """Runs what compares the methods fairly on the demo's tasks, all tuned alike, and keeps a row for each in runs.csv.
 
-    python results/make.py            # about three hours on two CPU cores; goes on where it stopped
+    python results/make.py            # many hours on two CPU cores; goes on where it stopped, the first questions first
+    python results/plot.py            # table.md and the pictures, of what has been run
 
-First the tuning: the six settings of GRID for each method, on TUNING_TASKS with TUNING_SEED. A method has one setting for
-all tasks: the one with the highest score of the best target, as a mean over the tuning tasks, on a seed that the table
-does not use. Then each method with its setting on TASKS with SEEDS. The grid, the tasks and the seeds were written down
-here before the runs. A run that has a row is not run again. Two runs go on at a time with one thread each.
+First the tuning: the settings of GRID for each method, on TUNING_TASKS with TUNING_SEED. A method has one setting for all
+tasks: the one with the highest score of the best target, as a mean over the tuning tasks, on a seed that the tables do
+not use. Then each method with its setting on the tasks of QUESTIONS with SEEDS. The grid, the tasks and the seeds were
+written down here before the runs. A run that has a row is not run again. Two runs go on at a time with one thread each.
 """
 
 import csv
@@ -24,21 +25,62 @@ HERE = Path(__file__).resolve().parent
 COLUMNS = ["task", "method", "options", "seed", "best_target", "best_return", "best_score", "mean_return", "mean_score"]
 COLUMNS += ["text_loss_before", "text_loss_after", "commit"]
 TASKS = {
+    "hopper": "--env hopper",
+    "hopper 30%": "--env hopper --ratio 0.3",
     "hopper 10%": "--env hopper --ratio 0.1",
+    "hopper 3%": "--env hopper --ratio 0.03",
+    "hopper delayed": "--env hopper --delayed",
+    "halfcheetah": "--env halfcheetah",
+    "halfcheetah 10%": "--env halfcheetah --ratio 0.1",
+    "walker2d": "--env walker2d",
+    "walker2d 10%": "--env walker2d --ratio 0.1",
     "reacher2d": "--env reacher2d",
+    "kitchen-complete": "--env kitchen-complete",
+    "kitchen-mixed": "--env kitchen-mixed",
     "kitchen-partial": "--env kitchen-partial",
+    "kitchen-partial 30%": "--env kitchen-partial --ratio 0.3",
+    "kitchen-partial 10%": "--env kitchen-partial --ratio 0.1",
+    "kitchen-partial 3%": "--env kitchen-partial --ratio 0.03",
 }
+METHODS = {
+    "lamo": "--method lamo",
+    "dt": "--method dt",
+    "wiki-rl": "--method wiki-rl",
+    # LaMo but for one part
+    "random trunk": "--lm none --lang-coef 0",
+    "random trunk, all trained": "--lm none --lang-coef 0 --lora-rank 0 --train-trunk",
+    "all trained": "--lora-rank 0 --train-trunk",
+    "no LoRA": "--lora-rank 0",
+    "linear embedders": "--embed linear",
+    "no language loss": "--lang-coef 1e-9",  # as good as 0, but the loss on held-out text is measured
+}
+PARTS = list(METHODS)[3:]
+# Questions in the order in which they are answered: the tasks, and the methods that run on each of them.
+QUESTIONS = [
+    (["hopper 10%", "reacher2d", "kitchen-partial"], ["lamo", "dt", "wiki-rl"]),
+    (["kitchen-partial", "hopper 10%"], PARTS),  # which part does it: sparse rewards, little data
+    (["kitchen-mixed", "walker2d", "hopper delayed", "hopper", "halfcheetah"], ["lamo", "dt", "wiki-rl"]),
+    (["walker2d"], PARTS),  # dense rewards
+    (["kitchen-complete", "walker2d 10%", "halfcheetah 10%"], ["lamo", "dt", "wiki-rl"]),
+    (["hopper 3%", "kitchen-partial 10%", "hopper 30%", "kitchen-partial 30%", "kitchen-partial 3%"], ["lamo", "dt", "wiki-rl"]),
+]  # fmt: skip
+SEEDS = [0, 1, 2, 3, 4]
 TUNING_TASKS = ["hopper 10%", "kitchen-partial"]  # one with dense rewards, one with sparse ones
 TUNING_SEED = 100
-SEEDS = [0, 1, 2, 3, 4]
-GRID = {  # six settings for each method
-    method: [f"--lr {lr} {other}" for lr, other in itertools.product(("1e-3", "3e-3", "1e-2"), others)]
-    for method, others in {
-        "lamo": ("--lora-rank 16", "--lora-rank 64"),
-        "dt": ("--dropout 0", "--dropout 0.1"),
-        "wiki-rl": ("--dropout 0", "--dropout 0.1"),
-    }.items()
-}
+LEARNING_RATES = "1e-3", "3e-3", "1e-2"
+
+
+def grid(rates, others):
+    return [f"--lr {rate} {other}".strip() for rate, other in itertools.product(rates, others)]
+
+
+# Six settings for each method. The parts are compared with LaMo of rank 64, which wins its grid, and also of the three
+# settings of that rank: each part has three learning rates to choose from, and rank 64 where there is LoRA.
+GRID = {
+    "lamo": grid(LEARNING_RATES, ("--lora-rank 16", "--lora-rank 64")),
+    "dt": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
+    "wiki-rl": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
+} | {part: grid(LEARNING_RATES, [""] if "--lora-rank 0" in METHODS[part] else ["--lora-rank 64"]) for part in PARTS}
 
 
 def finished():
@@ -53,7 +95,7 @@ def train(job):
     task, method, options, seed = job
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = f"lamo.py --demo {TASKS[task]} --method {method} {options} --seed {seed} --out {out}"
+        command = f"lamo.py --demo {TASKS[task]} {METHODS[method]} {options} --seed {seed} --out {out}"
         subprocess.run(
             [sys.executable, *command.split()], cwd=HERE.parent, capture_output=True, check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -84,22 +126,22 @@ def run(jobs):
         list(pool.map(train, [job for job in jobs if job not in done]))
 
 
-def tuned():
-    """The best setting of GRID for each method."""
+def tuned(method):
+    """The best setting of GRID for a method, after its tuning runs."""
+    run([(task, method, options, TUNING_SEED) for options in GRID[method] for task in TUNING_TASKS])
     rows = finished()
-
-    def score(method, options):
-        return np.mean([float(rows[task, method, options, TUNING_SEED]["best_score"]) for task in TUNING_TASKS])
-
-    return {method: max(grid, key=lambda options: score(method, options)) for method, grid in GRID.items()}
+    scores = {
+        options: np.mean([float(rows[task, method, options, TUNING_SEED]["best_score"]) for task in TUNING_TASKS])
+        for options in GRID[method]
+    }
+    return max(scores, key=scores.get)
 
 
 def main():
-    settings = [(method, options) for turn in zip(*GRID.values()) for method, options in zip(GRID, turn)]
-    run([(task, *setting, TUNING_SEED) for setting in settings for task in TUNING_TASKS])
-    best = tuned()
-    print(best, flush=True)
-    run([(task, *setting, seed) for seed in SEEDS for task in TASKS for setting in best.items()])
+    for tasks, methods in QUESTIONS:
+        best = {method: tuned(method) for method in methods}
+        print(best, flush=True)
+        run([(task, *setting, seed) for task in tasks for seed in SEEDS for setting in best.items()])
 
 
 if __name__ == "__main__":
