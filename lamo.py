@@ -398,9 +398,9 @@ class Trajectories:
         states, actions = np.concatenate(observations), np.concatenate(actions)
         if np.isnan(states).any() or not (np.isfinite(actions).all() and np.isfinite(self.returns).all()):
             raise InputError("a trajectory has an observation that is NaN, or an action or a reward that is not finite")
-        finite = np.isfinite(states)  # infinities have no part in the statistics
-        std = states.std(axis=0, dtype=np.float64, where=finite)
-        self.state_mean = np.nan_to_num(states.mean(axis=0, dtype=np.float64, where=finite))  # (S,)
+        columns = (column[np.isfinite(column)].astype(np.float64) for column in states.T)  # infinities do not count
+        statistics = [(column.mean(), column.std()) if len(column) else (0.0, 0.0) for column in columns]
+        self.state_mean, std = np.transpose(statistics)  # (S,) each
         self.state_std = np.where(std > 1e-6, std + 1e-6, 1.0)  # (S,); a constant is only centred
         tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
         self.states, self.actions = tensor(states), tensor(actions)  # (N, S), (N, A)
