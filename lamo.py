@@ -86,11 +86,10 @@ TASKS = {
     "reacher2d": Task("demo.reacher2d:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0", (76, 40), 10, 5, (0, 100)),  # our data: Minari has none
 }  # fmt: skip
 
-METHODS = {
+METHODS = {  # Decision Transformer: Chen et al. 2021. Wiki-RL: Reid et al. 2022; of its losses, the language loss alone
     "lamo": {},
-    # Decision Transformer (Chen et al. 2021): small, from scratch, no text
     "dt": {"lm": "none", "lang_coef": 0.0, "layers": 3, "width": 128, "heads": 1, "lora_rank": 0, "train_trunk": True, "embed": "linear"},
-    "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},  # Reid et al. 2022; of its losses, the language loss alone
+    "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},
 }  # fmt: skip
 
 
@@ -148,10 +147,11 @@ class Config:
     demo: str | None = option(None, "demo/ for all that is not given", action="store_const", const=f"{NOTICE} (--demo)")
 
 
-DEMO = {  # small enough for minutes on two CPU cores; a task's dataset is demo/lamo/<env>/demo-v0
+DEMO = {  # minutes on two CPU cores; a task's dataset is demo/lamo/<env>/demo-v0; DEMO_TUNED is from results/make.py
     "lm": "demo/gpt2-tiny", "text": "demo/text.txt", "layers": 3, "width": 128, "heads": 4, "dropout": 0.0,
-    "text_block": 256, "steps": 1000, "batch": 32, "lr": 1e-3, "lr_schedule": "cosine", "warmup": 100, "eval_every": 1000,
+    "text_block": 256, "steps": 1000, "batch": 32, "lr_schedule": "cosine", "warmup": 100, "eval_every": 1000,
 }  # fmt: skip
+DEMO_TUNED = {"lamo": {"lr": 1e-2, "lora_rank": 64}, "dt": {"lr": 1e-2, "dropout": 0.1}, "wiki-rl": {"lr": 3e-3}}
 
 
 # ---------------------------------------------------------------------------- LoRA: part 2
@@ -594,10 +594,9 @@ def load_text(lm, text, block):
     with on_error(f"cannot use the text {text}; give a UTF-8 file with --text"):
         tokenizer = Tokenizer.from_file(str(find_file(lm, "tokenizer.json")))
         if text == "wikitext":
-            names = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
-            files = [
-                find_file("Salesforce/wikitext", f"wikitext-103-raw-v1/{name}.parquet", "dataset") for name in names
-            ]
+            parts = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
+            names = [f"wikitext-103-raw-v1/{part}.parquet" for part in parts]
+            files = [find_file("Salesforce/wikitext", name, "dataset") for name in names]
             *train, held_out = (tokenize(path, tokenizer) for path in files)
         else:
             tokens = tokenize(Path(text) if Path(text).exists() else HERE / text, tokenizer)
@@ -706,7 +705,8 @@ def configure(given):
     if why:
         given = given | {"demo": f"{NOTICE} ({why})"}
     if "demo" in given:
-        config = Config(**DEMO | {"data": f"demo/lamo/{config.env}/demo-v0"} | METHODS[config.method] | given)
+        demo = DEMO | DEMO_TUNED[config.method] | {"data": f"demo/lamo/{config.env}/demo-v0"}
+        config = Config(**demo | METHODS[config.method] | given)
     if config.lm == "none" and config.lang_coef > 0:
         raise InputError("--lm none has no language to keep; add --lang-coef 0")
     if config.train_trunk and config.lora_rank > 0:

@@ -784,7 +784,7 @@ def test_command_line_from_start_to_end(trained, lm_folder):
     assert set(scores["targets"]) == {"1500", "800"} and scores["demo"] is True and scores["lm"] == str(lm_folder)
     assert 0 < scores["text_loss_before"] and scores["text_loss_before"] != scores["text_loss_after"]
     config = header["config"]
-    assert (config["steps"], config["lora_rank"], config["lr"]) == (4, 16, lamo.DEMO["lr"])  # given, default, demo
+    assert (config["steps"], config["lora_alpha"], config["lr"]) == (4, 32, 1e-2)  # given, default, demo
     assert set(header["versions"]) == {"torch", "gymnasium", "mujoco", "minari"} and header["trajectories"] == 18
     assert len(header["lm_sha256"]) == len(header["data_sha256"]) == 64 and header["device"] == "cpu"
     assert any("action_loss" in line and "language_loss" in line for line in lines)
