@@ -3,6 +3,7 @@
     python eval.py runs/hopper-lamo-0.1-0                                  # evaluate a checkpoint again
     python eval.py runs/hopper-lamo-0.1-0 --targets 3600 --episodes 50
     python eval.py runs/hopper-lamo-0.1-0 --video hopper.gif               # and render one episode, without a screen
+    python eval.py runs/* --plot runs.png                                  # learning curves and final scores, by method
 
 This file knows a policy and the spec of an environment, nothing else: neither datasets nor how the policy was trained.
 """
@@ -251,14 +252,22 @@ def main(arguments):
     import lamo
 
     parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", help="folder of a run of lamo.py")
+    parser.add_argument("folders", nargs="+", metavar="folder", help="folder of a run of lamo.py; several with --plot")
     parser.add_argument("--targets", type=float, nargs="+", help="returns to ask for (default: the run's)")
     parser.add_argument("--episodes", type=int, help="episodes per target (default: the run's)")
     parser.add_argument("--seed", type=int, help="seed of the first episode (default: that of the run's evaluation)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--video", metavar="FILE", help="render one episode of the best target into a .gif or .mp4")
+    parser.add_argument("--plot", metavar="FILE", help="draw what the runs' logs say into a .png or .pdf, and stop")
     options = parser.parse_args(arguments)
+    if options.plot:
+        from results.plot import plot_runs
+
+        with lamo.on_error(f"cannot draw {options.plot}; give folders of runs that have ended, and out.png or out.pdf"):
+            return plot_runs(options.folders, options.plot)
+    if len(options.folders) > 1:
+        parser.error("evaluates one run at a time; to compare several, add --plot FILE")
     if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
         parser.error(f"--video {options.video} is neither .gif nor .mp4; name the file out.gif or out.mp4")
     if options.episodes is not None and options.episodes < 1:
@@ -268,7 +277,7 @@ def main(arguments):
     if options.video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; read when the renderer is made
 
-    policy, config, header = lamo.load(options.folder, options.device)
+    policy, config, header = lamo.load(options.folders[0], options.device)
     print(config.demo or config.data)
     targets, episodes = options.targets or config.targets, options.episodes or config.episodes
     seed = config.seed * lamo.SEEDS if options.seed is None else options.seed

@@ -1,7 +1,9 @@
 """What takes longer than the tests: runs killed at random moments, an imitated hub, bad input of all kinds, demo data.
 
-python -m pytest -q results/checks.py
-LAMO_KILLS=100 python -m pytest -q results/checks.py -k killed
+    python -m pytest -q results/checks.py
+    LAMO_KILLS=100 python -m pytest -q results/checks.py -k killed
+
+They are apart from the tests because they take minutes, and some look at files that a fork may replace.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -38,6 +41,7 @@ from transformers import GPT2LMHeadModel
 import eval as evaluation
 import lamo
 from lamo import GPT2, Config, InputError, Trajectories
+from results import plot
 from test_lamo import HERE, HOPPER, SHORT, WORDS, command, hopper_run, read_log, read_scores, save_dataset
 
 pytest_plugins = "test_lamo"  # for its fixtures
@@ -306,7 +310,8 @@ BAD_INPUT = {
     """,
     "eval": """
         |{bad}: checkpoint.pt|{bad}/cut: cut|{bad}/altered: checkpoint.pt|{bad}/other-lm: is not the one|{run} --seed -1|{run} --episodes 0
-        {run} --video out.avi: neither .gif nor .mp4|{run} --targets x|{run} --device tpu: tpu
+        {run} --video out.avi: neither .gif nor .mp4|{run} --targets x|{run} --device tpu: tpu|{run} {run}: add --plot
+        {run} --plot out.xyz: out.png|{bad} --plot out.png: log.jsonl|{run} --plot nowhere/out.png: nowhere/out.png
     """,
 }  # fmt: skip
 
@@ -419,6 +424,38 @@ def test_eval_command_and_video(trained, tmp_path):
         first = np.asarray(image.convert("RGB")).astype(int)
         image.seek(image.n_frames - 1)
         assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
+
+
+def test_intervals_are_those_of_a_plain_loop():
+    tasks = [np.array([10.0, 50, 20, 40, 90]), np.array([0.0, 5, 100])]
+    rng, means = random.Random(0), []
+    for _ in range(10_000):
+        drawn = sorted(rng.choice(scores) for scores in tasks for _ in scores)
+        means.append(sum(drawn[2:6]) / 4)  # of eight, without the two lowest and the two highest
+    middle, low, high = plot.iqm_interval(tasks)
+    assert middle == (10 + 20 + 40 + 50) / 4
+    assert [low, high] == pytest.approx([sorted(means)[250], sorted(means)[9750]], abs=3)
+
+
+def test_plot_draws_runs_by_task_and_method(trained, tmp_path, monkeypatch, capsys):
+    header, *lines = read_log(trained[0])
+    last = {"step": 4, "evaluation": lines[-1]["evaluation"]}
+    runs = [("lamo", 16, 10), ("lamo", 16, 20), ("lamo", 16, 60), ("lamo", 16, 30), ("lamo", 64, 5), ("dt", 0, 7)]
+    for number, (method, rank, score) in enumerate(runs):
+        config = header["config"] | {"method": method, "lora_rank": rank, "seed": number, "out": str(number)}
+        first, best = ({"800": last["evaluation"]["800"] | {"score": value}} for value in (1, score))
+        log = [header | {"config": config}, {"step": 2, "evaluation": first}, last | {"evaluation": best}]
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    monkeypatch.chdir(tmp_path)
+    evaluation.main([*map(str, range(len(runs))), "--plot", "out.png"])
+    assert capsys.readouterr().out.splitlines() == [
+        "lamo, lora_rank 16: 25.0 (10.0 to 60.0), 4 runs on hopper 10%",  # three of four draws alike: 5 % at each end
+        "lamo, lora_rank 64: 5.0 (5.0 to 5.0), 1 runs on hopper 10%",
+        "dt: 7.0 (7.0 to 7.0), 1 runs on hopper 10%",
+    ]
+    with Image.open("out.png") as image:
+        assert len(image.convert("RGB").getcolors(10**6)) > 100
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

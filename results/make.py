@@ -1,7 +1,7 @@
 """Runs what compares the methods fairly on the demo's tasks, all tuned alike, and keeps a row for each in runs.csv.
 
     python results/make.py            # many hours on two CPU cores; goes on where it stopped, the first questions first
-    python results/plot.py            # table.md and the pictures, of what has been run
+    python -m results.report          # table.md and the pictures, of what has been run
 
 First the tuning: the settings of GRID for each method, on TUNING_TASKS with TUNING_SEED. A method has one setting for all
 tasks: the one with the highest score of the best target, as a mean over the tuning tasks, on a seed that the tables do

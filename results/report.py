@@ -1,0 +1,92 @@
+"""Tables and pictures of what runs.csv has: table.md, methods.png and parts.png.
+
+    python -m results.report
+
+Only where all seeds of all methods have run; no run is left out.
+"""
+
+import csv
+from collections import defaultdict
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from results.make import PARTS, SEEDS, TASKS
+from results.plot import STYLES, draw_interval, iqm_interval
+
+HERE = Path(__file__).resolve().parent
+COMPARED = ["lamo", "dt", "wiki-rl"]
+NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
+
+
+def read_table():
+    """The rows of runs.csv that are not tuning, by task and method; only where all seeds have run."""
+    groups = defaultdict(list)
+    for row in csv.DictReader((HERE / "runs.csv").open()):
+        if int(row["seed"]) in SEEDS:
+            groups[row["task"], row["method"]].append(row)
+    return {key: rows for key, rows in groups.items() if len(rows) == len(SEEDS)}
+
+
+def column(rows, name):
+    return np.array([float(row[name]) for row in rows])
+
+
+def write_table(table, tasks, methods):
+    """Lines of a Markdown table: for each task and method the best target's return, mean and spread over the seeds."""
+    lines = [
+        "| | " + " | ".join(NAMES.get(method, method) for method in methods) + " |",
+        "|---" * (len(methods) + 1) + "|",
+    ]
+    for task in tasks:
+        cells = []
+        for method in methods:
+            returns, over_targets = (column(table[task, method], name) for name in ("best_return", "mean_return"))
+            digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
+            cells.append(f"{returns.mean():.{digits}f} ± {returns.std():.{digits}f} ({over_targets.mean():.{digits}f})")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    intervals = [iqm_interval([column(table[task, method], "best_score") for task in tasks]) for method in methods]
+    cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval) for interval in intervals]
+    return [*lines, f"| score, interquartile mean and 95 % interval | {' | '.join(cells)} |"]
+
+
+def draw(table, tasks, methods, path):
+    """A panel for each task and one for all of them, a row for each method; dots are seeds, the first method is shaded."""
+    lines = -(-(len(tasks) + 1) // 4)
+    size = 11, lines * (0.9 + 0.27 * len(methods))
+    figure, panels = plt.subplots(lines, 4, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axes, group in zip(panels.flat, [*([task] for task in tasks), tasks]):
+        for row, (method, style) in enumerate(zip(methods, cycle(STYLES))):
+            scores = [column(table[task, method], "best_score") for task in group]
+            _, low, high = draw_interval(axes, scores, -row, style)
+            if row == 0:
+                axes.axvspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
+            if len(group) == 1:
+                axes.plot(scores[0], np.full(len(scores[0]), -row - 0.25), ".", color=style["color"], markersize=3)
+        axes.set(
+            title=group[0] if len(group) == 1 else "all of these", xlabel="score of the best target", xlim=(0, None)
+        )
+    for axes in panels.flat[len(tasks) + 1 :]:
+        axes.set_visible(False)
+    panels[0, 0].set_yticks([-row for row in range(len(methods))], [NAMES.get(method, method) for method in methods])
+    panels[0, 0].set(xlim=(0, None), ylim=(-len(methods) + 0.4, 0.6))
+    figure.supxlabel("score of the best target", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    table = read_table()
+    lines = []
+    for methods, picture in (COMPARED, "methods.png"), (["lamo", *PARTS], "parts.png"):
+        tasks = [task for task in TASKS if all((task, method) in table for method in methods)]
+        if tasks:
+            lines += [*write_table(table, tasks, methods), ""]
+            draw(table, tasks, methods, HERE / picture)
+    (HERE / "table.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
