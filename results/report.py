@@ -79,7 +79,8 @@ def draw(table, tasks, methods, path):
 def main():
     table = read_table()
     lines = []
-    for methods, picture in (COMPARED, "methods.png"), (["lamo", *PARTS], "parts.png"):
+    parts = [part for part in PARTS if any(method == part for _, method in table)]
+    for methods, picture in (COMPARED, "methods.png"), (["lamo", *parts], "parts.png"):
         tasks = [task for task in TASKS if all((task, method) in table for method in methods)]
         if tasks:
             lines += [*write_table(table, tasks, methods), ""]
