@@ -76,7 +76,9 @@ class Environments:
             raise ValueError(f"{spec.id} has actions without bounds; wrap it in gymnasium.wrappers.RescaleAction")
 
     def make(self):
-        return gym.make(self.spec, render_mode=self.render_mode, disable_env_checker=True)
+        follow = self.render_mode and str(self.spec.entry_point).startswith("gymnasium.envs.mujoco")
+        camera = {"camera_name": "track"} if follow else {}  # Gymnasium 1.4 would let a robot run out of the picture
+        return gym.make(self.spec, render_mode=self.render_mode, disable_env_checker=True, **camera)
 
     def grow(self, count):
         """Have `count` copies ready, at most `alive` -> how many."""
@@ -256,8 +258,7 @@ def main(arguments):
     parser.add_argument("--targets", type=float, nargs="+", help="returns to ask for (default: the run's)")
     parser.add_argument("--episodes", type=int, help="episodes per target (default: the run's)")
     parser.add_argument("--seed", type=int, help="seed of the first episode (default: that of the run's evaluation)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default=lamo.Config.device, help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--video", metavar="FILE", help="render one episode of the best target into a .gif or .mp4")
     parser.add_argument("--plot", metavar="FILE", help="draw what the runs' logs say into a .png or .pdf, and stop")
     options = parser.parse_args(arguments)

@@ -426,6 +426,23 @@ def test_eval_command_and_video(trained, tmp_path):
         assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
 
 
+def test_the_camera_follows_the_robot(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    env = evaluation.Environments(gym.spec("Hopper-v5"), 1, "rgb_array").envs[0]
+    env.reset(seed=0)
+    pictures = []
+    for place in (0, 100):  # metres
+        position = env.unwrapped.data.qpos.copy()
+        position[0] = place
+        env.unwrapped.set_state(position, env.unwrapped.data.qvel)
+        try:
+            pictures.append(env.render().astype(int))
+        except Exception as error:
+            pytest.skip(f"this machine has no OpenGL ({error})")
+    brown = [((picture[..., 0] - picture[..., 2]) > 50).sum() for picture in pictures]
+    assert brown[0] > 1000 and brown[1] == pytest.approx(brown[0], rel=0.1)
+
+
 def test_intervals_are_those_of_a_plain_loop():
     tasks = [np.array([10.0, 50, 20, 40, 90]), np.array([0.0, 5, 100])]
     rng, means = random.Random(0), []
