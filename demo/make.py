@@ -10,8 +10,9 @@ they do in D4RL's medium-expert sets. The arm of reacher2d is driven by a contro
 to episode, the one in the kitchen by a script that does the subtasks of D4RL's sets one after the other.
 The language model is pre-trained on the documentation and docstrings of the Python installation that runs this.
 
-The language model's work in progress is kept in demo/build, and a later call goes on from there. The locomotion data in
-this folder was made by an earlier version of this script, with a PPO of its own: git show fa84229:demo/make.py.
+The language model's work in progress is kept in demo/build, and a later call goes on from there. The locomotion data and
+the language model in this folder were made by an earlier version of this script, with a PPO and a training loop of its
+own: git show fa84229:demo/make.py.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import ast
 import io
 import math
 import os
-import platform
 import shutil
 import sys
 import sysconfig
@@ -30,12 +30,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from demo.kitchen import Cook  # noqa: E402
 from eval import vector  # noqa: E402
 
 
@@ -144,102 +144,6 @@ class Reacher:
         return torque + self.noise * self.rng.standard_normal(2)
 
 
-OPEN, CLOSED = 1, -1
-
-# How the hand does a subtask of the kitchen: the site of FrankaKitchen's model that it is about, then way points:
-# x, y, z in metres from where the site is at first, fingers, roll in radians.
-WAY_POINTS = {
-    "microwave": (
-        "microhandle_site",
-        [(0.03, -0.17, 0.03, OPEN, 0), (0.01, 0.02, 0.03, OPEN, 0), (0.01, 0.02, 0.03, CLOSED, 0), (0, -0.4, 0.03, CLOSED, 0)],
-    ),
-    "kettle": (
-        "kettle_site",
-        [(0, -0.15, -0.12, OPEN, 0), (0, 0.3, -0.1, OPEN, 0)],
-    ),
-    "light switch": (
-        "light_site",
-        [(0.1, -0.1, 0, CLOSED, 0), (0.1, 0.03, 0, CLOSED, 0), (-0.15, 0.03, 0, CLOSED, 0)],
-    ),
-    "slide cabinet": (
-        "slide_site",
-        [(-0.12, -0.12, 0, CLOSED, 0), (-0.12, 0, 0, CLOSED, 0), (0.25, 0, 0, CLOSED, 0)],
-    ),
-    "bottom burner": (
-        "knob2_site",
-        [(0, -0.12, 0, OPEN, 0), (0, 0, 0, OPEN, 0), (0, 0, 0, CLOSED, 0), (0, 0, 0.04, CLOSED, 1.2)],
-    ),
-}  # fmt: skip
-
-
-class Cook:
-    """Does a random choice of subtasks of the kitchen, in their order, by resolved-rate control.
-
-    It reads where things are from the simulator, not from the observation. Its noise varies between episodes.
-    """
-
-    SPEED = 0.8  # of the hand, metres per second
-    NEAR = 0.035  # metres to a way point at which the next one is taken
-    PATIENCE = 25  # steps after which it is taken anyway
-    POSTURE = np.array([0.15, -1.5, 1.84, -2.48, 0.26, 0.71, 1.6])  # joint angles, nearly those of the start
-
-    def __init__(self, env, subtasks, attempts, rng):
-        self.env, self.subtasks, self.attempts, self.rng = env.unwrapped, subtasks, attempts, rng
-
-    def reset(self):
-        self.noise = self.rng.uniform(0, 0.15)
-        self.aims = self.plan()
-
-    def plan(self):
-        """Yields for each step where the hand should be (3,), its axes (3, 3), and the fingers."""
-        least, most = self.attempts
-        order = self.subtasks
-        if least < len(order):
-            some = self.rng.choice(len(order), self.rng.integers(least, most + 1), replace=False)
-            order = [order[i] for i in sorted(some)]
-        hand, completed = self.env.data.site("end_effector"), self.env.episode_task_completions
-        axes = hand.xmat.reshape(3, 3).copy()
-        for subtask in order:
-            name, points = WAY_POINTS[subtask]
-            site = self.env.data.site(name).xpos.copy()
-            for *offset, fingers, roll in points:
-                position, (sin, cos) = site + offset, (math.sin(roll), math.cos(roll))
-                rolled = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]]) @ axes
-                for _ in range(self.PATIENCE):
-                    yield position, rolled, fingers
-                    if subtask in completed or np.linalg.norm(position - hand.xpos) < self.NEAR:
-                        break
-                if subtask in completed:
-                    break
-
-    def act(self, observation):
-        aim = next(self.aims, None)
-        if aim is None:
-            return None
-        position, axes, fingers = aim
-        model, data, dt = self.env.model, self.env.data, self.env.robot_env.dt
-        hand = data.site("end_effector")
-        velocity = 6 * (position - hand.xpos)
-        velocity *= min(1, self.SPEED / np.linalg.norm(velocity))
-        rotation = 2 * np.cross(hand.xmat.reshape(3, 3), axes, axis=0).sum(axis=1)
-        jacobian = np.zeros((6, model.nv))
-        mujoco.mj_jacSite(model, data, jacobian[:3], jacobian[3:], hand.id)
-        jacobian = jacobian[:, :7]  # of the arm's joints
-
-        def joint_velocities(free):  # (7,) whether a joint may move
-            moving = jacobian * free
-            inverse = moving.T @ np.linalg.inv(moving @ moving.T + 1e-3 * np.eye(6))  # damped least squares
-            null_space = np.eye(7) - inverse @ moving  # what does not move the hand keeps the arm in its posture
-            return inverse @ np.append(velocity, rotation) + null_space @ (3 * (self.POSTURE - data.qpos[:7]))
-
-        low, high = model.jnt_range[:7].T
-        reached = data.qpos[:7] + 2 * dt * joint_velocities(np.ones(7))
-        velocities = joint_velocities((low < reached) & (reached < high))
-        against_gravity = data.qfrc_bias[:7] / model.actuator_gainprm[:7, 0] / dt
-        action = np.append((velocities + against_gravity) / 2, [fingers, fingers])  # 2 rad/s are an action of 1
-        return action + self.noise * self.rng.standard_normal(9)
-
-
 def collect(env, policies, shares, steps, seed):
     """Episodes until there are `steps` steps -> Minari EpisodeBuffers, float32.
 
@@ -253,29 +157,22 @@ def collect(env, policies, shares, steps, seed):
         policy = policies[turn]
         observation, _ = env.reset(seed=seed + len(episodes))
         policy.reset()
-        observations, actions, rewards = [vector(observation).astype(np.float32)], [], []
-        terminations, truncations = [], []
-        while not actions or not (terminations[-1] or truncations[-1]):
+        episode = {"observations": [vector(observation)], "actions": [], "rewards": []}
+        terminated = truncated = False
+        while not (terminated or truncated):
             action = policy.act(observation)
             if action is None:  # nothing is left to do
-                truncations[-1] = True
+                truncated = True
                 break
             action = np.clip(action, env.action_space.low, env.action_space.high).astype(np.float32)
             observation, reward, terminated, truncated, _ = env.step(action)
-            observations.append(vector(observation).astype(np.float32))
-            actions.append(action)
-            rewards.append(reward)
-            terminations.append(terminated)
-            truncations.append(truncated)
-        arrays = {
-            "observations": observations,
-            "actions": actions,
-            "terminations": terminations,
-            "truncations": truncations,
-        }
-        arrays = {key: np.array(value) for key, value in arrays.items()} | {"rewards": np.array(rewards, np.float32)}
-        episodes.append(EpisodeBuffer(id=len(episodes), seed=seed + len(episodes), **arrays))
-        taken[turn] += len(rewards)
+            for part, value in zip(episode.values(), (vector(observation), action, reward)):
+                part.append(value)
+        ends = np.arange(1, len(episode["rewards"]) + 1) == len(episode["rewards"])
+        episode = {name: np.array(part, np.float32) for name, part in episode.items()}
+        episode |= {"terminations": ends & terminated, "truncations": ends & truncated}
+        episodes.append(EpisodeBuffer(id=len(episodes), seed=seed + len(episodes), **episode))
+        taken[turn] += len(ends)
     return episodes
 
 
@@ -305,7 +202,7 @@ def make_dataset(name, folder, steps, seed):
     returns = np.array([episode.rewards.sum() for episode in episodes])
     print(
         f"{name}: {len(episodes)} episodes, {sum(map(len, episodes))} steps, returns {returns.min():.1f} to "
-        f"{returns.max():.1f}, mean {returns.mean():.1f}, {time.time() - start:.0f} s on {machine()}",
+        f"{returns.max():.1f}, mean {returns.mean():.1f}, {time.time() - start:.0f} s",
         flush=True,
     )
 
@@ -349,11 +246,11 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
 
 # -------------------------------------------------------------------------------- language model
 
-GPT2_TINY = {
-    "vocab_size": 4096, "n_positions": 256, "n_embd": 128, "n_layer": 3, "n_head": 4,
-    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-}  # fmt: skip
-LM_STEPS, LM_BATCH, LM_LR, LM_WARMUP, LM_EVERY = 6000, 16, 2e-3, 200, 100
+LANGUAGE_MODELS = {  # shapes; only the first one belongs to the demo
+    "gpt2-tiny": {"n_embd": 128, "n_layer": 3, "n_head": 4},
+    "gpt2-mini": {"n_embd": 256, "n_layer": 4, "n_head": 4},
+}
+VOCABULARY, POSITIONS = 4096, 256
 
 
 def documents():
@@ -386,107 +283,57 @@ def documents():
                     yield text.strip() + "\n"
 
 
-def make_corpus(build):
-    """Train a byte-level BPE tokenizer and tokenise the documents -> tokenizer, train tokens, held-out tokens.
-
-    Every 50th document is held out. Kept in `build`, so that another machine can train on the same tokens.
-    """
+def make_corpus(folder):
+    """Train a byte-level BPE tokenizer and tokenise the documents -> tokenizer, and tokens: every 50th document, the others."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2TokenizerFast
 
-    folder = build / "corpus"
-    if not (folder / "held_out.npy").exists():
+    if not (folder / "train.npy").exists():
         folder.mkdir(parents=True, exist_ok=True)
         texts = list(documents())
-        print(f"gpt2-tiny: {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
         bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(
-            texts, vocab_size=GPT2_TINY["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False
-        )
+        bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
         bpe.save_model(str(folder))
-        tokenizer = GPT2TokenizerFast.from_pretrained(folder)
-        ids = tokenizer(texts, verbose=False)["input_ids"]
-        end = [tokenizer.eos_token_id]
-        for name, part in {"train": [i for k, i in enumerate(ids) if k % 50], "held_out": ids[::50]}.items():
-            np.save(folder / f"{name}.npy", np.concatenate([np.array(i + end, np.uint16) for i in part]))
-    tokenizer = GPT2TokenizerFast.from_pretrained(folder, model_max_length=GPT2_TINY["n_positions"])
-    return tokenizer, np.load(folder / "train.npy"), np.load(folder / "held_out.npy")
+        ids = [np.array(encoding.ids + [0], np.uint16) for encoding in bpe.encode_batch(texts)]  # 0: end of text
+        np.save(folder / "held_out.npy", np.concatenate(ids[::50]))
+        np.save(folder / "train.npy", np.concatenate([tokens for k, tokens in enumerate(ids) if k % 50]))
+    tokenizer = GPT2TokenizerFast.from_pretrained(folder, model_max_length=POSITIONS)
+    return tokenizer, np.load(folder / "held_out.npy"), np.load(folder / "train.npy")
 
 
-def make_gpt2_tiny(target, build, steps, seed):
-    """Pre-train a small GPT-2 with transformers and save it as an ordinary Hugging Face folder."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def make_language_model(name, target, build, steps, seed):
+    """Pre-train a small GPT-2 with transformers, or go on with that, and save it as an ordinary Hugging Face folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
 
-    tokenizer, train, held_out = make_corpus(build)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = GPT2Config(**GPT2_TINY, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
-    block = config.n_positions
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LM_LR, weight_decay=0.1, betas=(0.9, 0.95))
-    counts = np.bincount(train, minlength=config.vocab_size) + 1
+    tokenizer, *corpus = make_corpus(build / "corpus")
+    held_out, train = (tokens[: len(tokens) // POSITIONS * POSITIONS].astype(np.int64) for tokens in corpus)
+    counts = np.bincount(train, minlength=VOCABULARY) + 1
     unigram = -np.log(counts / counts.sum())[held_out].mean()  # cross-entropy of a unigram model, add-one smoothed
-    print(f"gpt2-tiny: {len(train):,} tokens to train on, {len(held_out):,} held out, unigram {unigram:.3f} nats")
-    blocks = torch.from_numpy(held_out[: len(held_out) // block * block].astype(np.int64)).view(-1, block)
-    tokens = torch.from_numpy(train.astype(np.int64)).to(device)
-
-    @torch.no_grad()
-    def held_out_loss(blocks):
-        model.eval()
-        losses = [model(input_ids=part, labels=part).loss.item() for part in blocks.to(device).split(16)]
-        model.train()
-        return float(np.mean(losses))
-
-    path, step, seconds = build / f"gpt2-tiny-{steps}-{seed}.pt", 0, 0.0
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-    start = time.time() - seconds
-    while step < steps:
-        rng = np.random.default_rng([seed, step])
-        index = torch.from_numpy(rng.integers(len(train) - block, size=(LM_BATCH, 1)) + np.arange(block)).to(device)
-        for group in optimizer.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-            group["lr"] = LM_LR * min((step + 1) / LM_WARMUP, 0.05 + 0.95 * cosine)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = model(input_ids=tokens[index], labels=tokens[index]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % LM_EVERY == 0 or step == steps:
-            seconds = time.time() - start
-            partial = path.with_suffix(".tmp")
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds},
-                partial,
-            )
-            os.replace(partial, path)
-            print(
-                f"gpt2-tiny: step {step:6d} of {steps}, train {loss.item():.3f}, held out {held_out_loss(blocks[:64]):.3f} nats, "
-                f"{seconds:.0f} s",
-                flush=True,
-            )
-    model.eval().half().cpu().save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    model.float().to(device)
-    torch.manual_seed(seed)
-    prompt = tokenizer("The function returns", return_tensors="pt").input_ids.to(device)
-    sample = tokenizer.decode(model.generate(prompt, max_new_tokens=80, do_sample=True, top_k=40, temperature=0.8)[0])
     print(
-        f"gpt2-tiny: {steps} steps, {seconds:.0f} s on {machine()}; held out {held_out_loss(blocks):.3f} nats per token, "
-        f"unigram {unigram:.3f}\n{sample}"
+        f"{name}: {len(train):,} tokens to train on, {len(held_out):,} held out, unigram {unigram:.3f} nats", flush=True
     )
-
-
-def machine():
-    """What this runs on, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    set_seed(seed)
+    no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = LANGUAGE_MODELS[name] | {"vocab_size": VOCABULARY, "n_positions": POSITIONS}
+    work = build / f"{name}-{steps}-{seed}"
+    arguments = TrainingArguments(
+        work, max_steps=steps, per_device_train_batch_size=16, learning_rate=2e-3, warmup_steps=200, weight_decay=0.1,
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05}, adam_beta2=0.95,
+        bf16=torch.cuda.is_available(), eval_strategy="steps", eval_steps=500, logging_steps=100, save_steps=100,
+        save_total_limit=1, seed=seed, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    blocks = [
+        [{"input_ids": block, "labels": block} for block in torch.from_numpy(tokens).view(-1, POSITIONS)]
+        for tokens in (train, held_out)
+    ]
+    model = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, **ends))
+    trainer = Trainer(model, arguments, train_dataset=blocks[0], eval_dataset=blocks[1])
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.exists() else None)
+    print(f"{name}: {steps} steps, held out {trainer.evaluate()['eval_loss']:.3f} nats per token", flush=True)
+    model.half().cpu().save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 # -------------------------------------------------------------------------------- picture
@@ -520,7 +367,7 @@ def draw_returns(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=[*TASKS, "gpt2-tiny", "text", "picture"], help="make this one")
+    parser.add_argument("--only", choices=[*TASKS, *LANGUAGE_MODELS, "text", "picture"], help="make this one")
     parser.add_argument(
         "--steps", type=int, help="environment steps of a dataset; training steps of the language model"
     )
@@ -534,8 +381,8 @@ def main():
             draw_returns(options.out)
         elif name == "text":
             (options.out / "text.txt").write_text("\n".join(topics.values()), "utf-8")
-        elif name == "gpt2-tiny":
-            make_gpt2_tiny(options.out / name, build, options.steps or LM_STEPS, options.seed)
+        elif name in LANGUAGE_MODELS:
+            make_language_model(name, options.out / name, build, options.steps or 6000, options.seed)
         else:
             make_dataset(name, options.out, options.steps, options.seed)
 
