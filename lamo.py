@@ -184,7 +184,7 @@ class LoRALinear(nn.Module):
 
 # ---------------------------------------------------------------------------- GPT-2: part 1
 class Attention(nn.Module):
-    """Causal multi-head self-attention. (B, T, D) -> what the index `keep` picks from (B, T)"""
+    """Causal multi-head self-attention. (B, T, D) -> output of the tokens that `keep` picks; they attend to all before them."""
 
     def __init__(self, n_embd, n_head, dropout):
         assert n_embd % n_head == 0, f"a width of {n_embd} is not a multiple of {n_head} heads"
@@ -226,7 +226,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with LayerNorm first. (B, T, D) -> what the index `keep` picks from (B, T)"""
+    """Transformer block with LayerNorm first. (B, T, D) -> output of the tokens that `keep` picks by indexing (B, T)"""
 
     def __init__(self, n_embd, n_head, dropout):
         super().__init__()
@@ -461,8 +461,7 @@ class Text:
 
 
 # ---------------------------------------------------------------------------- training
-LOG_EVERY = 50  # training steps
-SAVE_EVERY = 60  # seconds
+LOG_EVERY, SAVE_EVERY = 50, 60  # training steps, seconds
 VERSION = 2  # of the checkpoints
 SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on: no two values of --seed share one
 
@@ -483,7 +482,7 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0, on L: part 4 -> the losses before it and the gradient's norm, by name.
+    """Take step number `step`, counted from 0, on L: part 4 -> by name, the losses before it and the gradient's norm.
 
     The processes of torchrun draw the same batch, and each computes its share; gradients and losses are their sum.
     """
@@ -519,7 +518,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     The folder `out` gets log.jsonl and checkpoint.pt; `header` is what both say of the run.
     """
     optimizer = make_optimizer(model, config)
-    start, log_size, recent, saved_at = 0, 0, {}, -math.inf  # recent: of training_step, since the last line of the log
+    start, log_size, recent, saved_at = 0, 0, {}, -math.inf  # recent: losses since the last line of the log
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, log_size, recent = checkpoint["step"], checkpoint["log_size"], checkpoint["recent"]
@@ -696,7 +695,7 @@ def load(folder, device="cpu"):
 
 
 def configure(given):
-    """Options that were given, by name -> Config. They go before the method's preset, and that before the demo's settings."""
+    """Options that were given, by name -> Config. They override the method's preset, and that the demo's settings."""
     if "data" in given:
         given = {"env": None} | given  # the dataset says it
     config = Config(**METHODS[given.get("method", "lamo")] | given)
@@ -815,8 +814,8 @@ def main(arguments):
     else:
         checkpoint, config = None, configure(given)
         task = config.env or config.data.strip("/").replace("/", "-")
-        demo = "-demo" * bool(config.demo)
-        out = Path(config.out or f"runs/{task}-{config.method}-{config.ratio:g}-{config.seed}{demo}")
+        name = f"{task}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' if config.demo else ''}"
+        out = Path(config.out or f"runs/{name}")
     rank, world = processes()
     if config.batch % world or (config.lang_coef > 0 and config.text_batch % world):
         raise InputError(f"--batch and --text-batch must be multiples of {world}, the number of processes")
@@ -824,12 +823,13 @@ def main(arguments):
     if profiling:
         return run(config)
     if rank == 0 and not checkpoint:
-        with on_error(f"cannot make the folder {out}; go on with --resume {out}, or choose another --out"):
+        with on_error(f"cannot make the folder {out}; go on with --resume {out}, delete it, or choose another --out"):
             out.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until training begins
     try:
         run(config, out, checkpoint)
     except BaseException as error:
-        if not (out / "checkpoint.pt").exists():
+        if rank == 0 and not (out / "checkpoint.pt").exists():
             shutil.rmtree(out, ignore_errors=True)  # nothing half-written
         elif isinstance(error, OSError):
             raise InputError(f"{error}; once that is fixed, go on with --resume {out}") from error

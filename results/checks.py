@@ -7,6 +7,7 @@ They are apart from the tests because they take minutes, and some look at files 
 """
 
 import contextlib
+import csv
 import http.server
 import io
 import json
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -426,6 +428,25 @@ def test_eval_command_and_video(trained, tmp_path):
         assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
 
 
+def test_tables_are_those_of_the_runs():
+    rows = list(csv.DictReader((HERE / "results" / "runs.csv").open()))
+    lines = (HERE / "results" / "table.md").read_text().splitlines()
+    assert set(lines) - {""} <= set((HERE / "README.md").read_text().splitlines())
+    methods = [name.strip().lower() for name in lines[0].split("|")[2:-1]]
+    for line in lines[2 : lines.index("") - 1]:
+        task, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        for method, cell in zip(methods, cells, strict=True):
+            chosen = [row for row in rows if (row["task"], row["method"]) == (task, method) and row["seed"] != "100"]
+            assert (
+                sorted(row["seed"] for row in chosen) == list("01234") and len({row["options"] for row in chosen}) == 1
+            )
+            returns = [float(row["best_return"]) for row in chosen]
+            mean, spread = map(float, cell.split(" (")[0].split(" ± "))
+            assert [mean, spread] == pytest.approx(
+                [statistics.mean(returns), statistics.pstdev(returns)], rel=0.01, abs=0.006
+            )
+
+
 def test_the_camera_follows_the_robot(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
     env = evaluation.Environments(gym.spec("Hopper-v5"), 1, "rgb_array").envs[0]
@@ -459,20 +480,48 @@ def test_plot_draws_runs_by_task_and_method(trained, tmp_path, monkeypatch, caps
     last = {"step": 4, "evaluation": lines[-1]["evaluation"]}
     runs = [("lamo", 16, 10), ("lamo", 16, 20), ("lamo", 16, 60), ("lamo", 16, 30), ("lamo", 64, 5), ("dt", 0, 7)]
     for number, (method, rank, score) in enumerate(runs):
-        config = header["config"] | {"method": method, "lora_rank": rank, "seed": number, "out": str(number)}
+        config = header["config"] | {
+            "steps": 4,
+            "method": method,
+            "lora_rank": rank,
+            "seed": number,
+            "out": str(number),
+        }
         first, best = ({"800": last["evaluation"]["800"] | {"score": value}} for value in (1, score))
         log = [header | {"config": config}, {"step": 2, "evaluation": first}, last | {"evaluation": best}]
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     monkeypatch.chdir(tmp_path)
     evaluation.main([*map(str, range(len(runs))), "--plot", "out.png"])
-    assert capsys.readouterr().out.splitlines() == [
-        "lamo, lora_rank 16: 25.0 (10.0 to 60.0), 4 runs on hopper 10%",  # three of four draws alike: 5 % at each end
-        "lamo, lora_rank 64: 5.0 (5.0 to 5.0), 1 runs on hopper 10%",
-        "dt: 7.0 (7.0 to 7.0), 1 runs on hopper 10%",
-    ]
+    assert (
+        capsys.readouterr().out.splitlines()
+        == [
+            "lamo, lora_rank 16: 25.0 (10.0 to 60.0), 4 runs on hopper 10% (demo)",  # three of four draws alike: 5 % at each end
+            "lamo, lora_rank 64: 5.0 (5.0 to 5.0), 1 runs on hopper 10% (demo)",
+            "dt: 7.0 (7.0 to 7.0), 1 runs on hopper 10% (demo)",
+        ]
+    )
     with Image.open("out.png") as image:
         assert len(image.convert("RGB").getcolors(10**6)) > 100
+
+
+def test_a_run_stopped_before_its_first_step_leaves_nothing(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, f"{HERE}/lamo.py", *SHORT.split(), "--out", out], stdout=subprocess.PIPE
+    )
+    while not out.exists():
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 1 and not out.exists()
+
+
+def test_a_process_that_is_not_the_first_removes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(lamo, "processes", lambda: (1, 2))
+    with pytest.raises(InputError, match="no config.json of no/such"):
+        lamo.main(f"--demo --lm no/such --out {tmp_path}".split())
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
-"""Runs what compares the methods fairly on the demo's tasks, all tuned alike, and keeps a row for each in runs.csv.
+"""Runs what compares the methods fairly on the demo's tasks, and keeps a row for each run in runs.csv.
 
     python results/make.py            # many hours on two CPU cores; goes on where it stopped, the first questions first
     python -m results.report          # table.md and the pictures, of what has been run
 
-First the tuning: the settings of GRID for each method, on TUNING_TASKS with TUNING_SEED. A method has one setting for all
-tasks: the one with the highest score of the best target, as a mean over the tuning tasks, on a seed that the tables do
-not use. Then each method with its setting on the tasks of QUESTIONS with SEEDS. The grid, the tasks and the seeds were
-written down here before the runs. A run that has a row is not run again. Two runs go on at a time with one thread each.
+For each of QUESTIONS, its methods are tuned, then run. Tuning tries the settings of GRID on TUNING_TASKS with TUNING_SEED,
+which the tables do not use. A method has one setting for all tasks: the one with the highest score of the best target, as
+a mean over the tuning tasks. It then runs with each of SEEDS. All of this was written down here before the runs that it is
+about. A run that has a row is not run again. Two runs go on at a time, with one thread each.
 """
 
 import csv
@@ -74,8 +74,8 @@ def grid(rates, others):
     return [f"--lr {rate} {other}".strip() for rate, other in itertools.product(rates, others)]
 
 
-# Six settings for each method. The parts are compared with LaMo of rank 64, which wins its grid, and also of the three
-# settings of that rank: each part has three learning rates to choose from, and rank 64 where there is LoRA.
+# Six settings for each method. A part varies LaMo of rank 64, which LaMo's tuning chose, and so has the three learning
+# rates at that rank to choose from.
 GRID = {
     "lamo": grid(LEARNING_RATES, ("--lora-rank 16", "--lora-rank 64")),
     "dt": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
@@ -96,10 +96,12 @@ def train(job):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = f"lamo.py --demo {TASKS[task]} {METHODS[method]} {options} --seed {seed} --out {out}"
-        subprocess.run(
-            [sys.executable, *command.split()], cwd=HERE.parent, capture_output=True, check=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        threads = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *command.split()], cwd=HERE.parent, env=threads, capture_output=True, text=True
+        )
+        if done.returncode:
+            return print(*job, "failed:", done.stderr.splitlines()[-1], flush=True)
         scores = json.loads((out / "scores.json").read_text())
         header = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     best, targets = scores["best"], scores["targets"].values()
@@ -129,12 +131,12 @@ def run(jobs):
 def tuned(method):
     """The best setting of GRID for a method, after its tuning runs."""
     run([(task, method, options, TUNING_SEED) for options in GRID[method] for task in TUNING_TASKS])
-    rows = finished()
+    rows, failed = finished(), {"best_score": "-inf"}  # failed: the loss has become infinite
     scores = {
-        options: np.mean([float(rows[task, method, options, TUNING_SEED]["best_score"]) for task in TUNING_TASKS])
+        options: [float(rows.get((task, method, options, TUNING_SEED), failed)["best_score"]) for task in TUNING_TASKS]
         for options in GRID[method]
     }
-    return max(scores, key=scores.get)
+    return max(scores, key=lambda options: np.mean(scores[options]))
 
 
 def main():

@@ -52,18 +52,19 @@ def read_run(folder):
     """A run's folder -> its Config as a dict, and the best target's score by training step."""
     header, *lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
     evaluations = {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
-    if not evaluations:
-        raise ValueError(f"{folder} has no evaluation yet")
+    if header["config"]["steps"] not in evaluations:
+        raise ValueError(f"{folder} has not ended")
     return header["config"], {step: best_target(scores)[1]["score"] for step, scores in evaluations.items()}
 
 
 def label_runs(configs):
-    """For each run its task, and its method with the settings in which runs of this method differ on a task."""
+    """A task and a label for each run; the label is its method, and the settings in which its runs on this task differ."""
     task_settings = "env", "data", "ratio", "delayed"
-    apart = {"method", "seed", "out", "device", "demo", "context", "targets", *task_settings}
+    apart = {"method", "seed", "out", "device", "demo", *task_settings}
     labels = []
     for config in configs:
-        task = f"{config['env'] or config['data']} {config['ratio']:.0%}" + " delayed" * config["delayed"]
+        task = f"{config['env'] or config['data']} {100 * config['ratio']:g}%" + " delayed" * config["delayed"]
+        task += " (demo)" * bool(config["demo"])
         alike = [other for other in configs if all(other[name] == config[name] for name in ("method", *task_settings))]
         differ = [name for name in config if name not in apart and any(other[name] != config[name] for other in alike)]
         labels.append((task, ", ".join([config["method"], *(f"{name} {config[name]}" for name in differ)])))

@@ -2,7 +2,7 @@
 
     python -m results.report
 
-Only where all seeds of all methods have run; no run is left out.
+They cover each task on which every method of a comparison has run with every seed.
 """
 
 import csv
@@ -65,13 +65,11 @@ def draw(table, tasks, methods, path):
                 axes.axvspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
             if len(group) == 1:
                 axes.plot(scores[0], np.full(len(scores[0]), -row - 0.25), ".", color=style["color"], markersize=3)
-        axes.set(
-            title=group[0] if len(group) == 1 else "all of these", xlabel="score of the best target", xlim=(0, None)
-        )
+        axes.set_title(group[0] if len(group) == 1 else "all of these", fontsize="medium")
     for axes in panels.flat[len(tasks) + 1 :]:
         axes.set_visible(False)
     panels[0, 0].set_yticks([-row for row in range(len(methods))], [NAMES.get(method, method) for method in methods])
-    panels[0, 0].set(xlim=(0, None), ylim=(-len(methods) + 0.4, 0.6))
+    panels[0, 0].set(xlim=(min(0, panels[0, 0].get_xlim()[0]), None), ylim=(-len(methods) + 0.4, 0.6))
     figure.supxlabel("score of the best target", fontsize="medium")
     figure.savefig(path, dpi=150)
 
@@ -82,7 +80,7 @@ def main():
     parts = [part for part in PARTS if any(method == part for _, method in table)]
     for methods, picture in (COMPARED, "methods.png"), (["lamo", *parts], "parts.png"):
         tasks = [task for task in TASKS if all((task, method) in table for method in methods)]
-        if tasks:
+        if tasks and len(methods) > 1:
             lines += [*write_table(table, tasks, methods), ""]
             draw(table, tasks, methods, HERE / picture)
     (HERE / "table.md").write_text("\n".join(lines))
