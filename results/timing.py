@@ -5,6 +5,7 @@ import timeit
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lamo
 from eval import ALIVE
@@ -18,7 +19,7 @@ def profile(model, trajectories, text, environments, config):
         return np.median(timeit.repeat(waiting, number=1, repeat=6)[1:])
 
     optimizer = lamo.make_optimizer(model.train(), config)
-    windows, crops = trajectories.batch(config.batch, config.context), torch.empty(0, 1)
+    windows = trajectories.batch(config.batch, config.context)
     parts = {"sampling": seconds(lambda: trajectories.batch(config.batch, config.context))}
     parts["trajectories"] = seconds(lambda: model.action_loss(windows).backward())
     if text:
@@ -30,10 +31,9 @@ def profile(model, trajectories, text, environments, config):
     for name, part in parts.items():
         print(f"{name:12} {1000 * part:10.2f} ms {part / whole:7.1%}")
 
-    # A matrix product per weight: forward, backward to the inputs and, where weights train, backward to the weights.
-    blocks = sum(weight.numel() for weight in model.gpt2.h.parameters() if weight.dim() == 2)
-    products = blocks * (3 * windows["mask"].numel() + crops.numel()) + model.gpt2.wte.weight.numel() * crops.numel()
-    speed = 2 * products * (3 if config.train_trunk else 2) / whole / 1e9
+    with FlopCounterMode(display=False) as counter:  # of matrix products
+        lamo.training_step(model, optimizer, trajectories, text, 0, config)
+    speed = counter.get_total_flops() / whole / 1e9
     matrix = torch.rand(4096, 4096, device=config.device)
     peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
     print(f"speed        {speed:10,.0f} GFLOP/s, {speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
