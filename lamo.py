@@ -823,7 +823,7 @@ def main(arguments):
     if profiling:
         return run(config)
     if rank == 0 and not checkpoint:
-        with on_error(f"cannot make the folder {out}; go on with --resume {out}, delete it, or choose another --out"):
+        with on_error(f"cannot make the folder {out}; go on with --resume {out}, choose another --out, or delete it"):
             out.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until training begins
     try:

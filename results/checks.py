@@ -609,7 +609,7 @@ def test_runs_never_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lamo.main(f"{SHORT} --method dt".split())
     before = (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text()
-    with pytest.raises(InputError, match="go on with --resume runs/hopper-dt-0.1-0-demo, or choose another --out"):
+    with pytest.raises(InputError, match="go on with --resume runs/hopper-dt-0.1-0-demo, choose another --out"):
         lamo.main(f"{SHORT} --method dt".split())
     assert (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text() == before
 
