@@ -149,9 +149,9 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
                 for window in (returns_to_go, states, actions, timesteps):
                     window[row] = 0
             starts = environments.threads.map(environments.reset, idle, (seed + episode[idle] % episodes).tolist())
-            for row, (observation, total, ended) in zip(idle, starts):
-                if ended:
-                    end(row, total)
+            for row, (observation, reward, ended) in zip(idle, starts):
+                if ended:  # the simulator failed
+                    end(row, reward)
                 else:
                     states[row, 0], returns_to_go[row, 0] = observation, asked[episode[row]]
 

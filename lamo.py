@@ -95,7 +95,7 @@ METHODS = {  # Decision Transformer: Chen et al. 2021. Wiki-RL: Reid et al. 2022
 
 def option(default, help, least=None, most=math.inf, **how):
     """A field of Config, with argparse's keywords for its flag; with `least`, a number from `least` to `most`."""
-    kind = float if default is None else type(default)
+    kind = float if default is None else type(default)  # None: of --targets
 
     def number(text):
         if not least <= kind(text) <= most:
@@ -710,7 +710,7 @@ def configure(given):
         raise InputError("--lm none has no language to keep; add --lang-coef 0")
     if config.train_trunk and config.lora_rank > 0:
         raise InputError("--train-trunk trains all weights, LoRA freezes them; add --lora-rank 0")
-    task = TASKS.get(config.env, Task(None, None, None, None, 20, None))
+    task = TASKS.get(config.env, Task(None, None, None, None, context=20, reference=None))
     own = {name: getattr(config, name) or getattr(task, name) for name in ("data", "targets", "context")}
     return replace(config, **own)
 
