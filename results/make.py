@@ -55,10 +55,11 @@ METHODS = {
     "linear embedders": "--embed linear",
 }
 PARTS = list(METHODS)[3:]
+PART_TASKS = ["kitchen-partial", "hopper 10%"]  # sparse rewards, little data
 # Questions in the order in which they are answered: the tasks, and the methods that run on each of them.
 QUESTIONS = [
     (["hopper 10%", "reacher2d", "kitchen-partial"], ["lamo", "dt", "wiki-rl"]),
-    *((["kitchen-partial", "hopper 10%"], [part]) for part in PARTS),  # which part does it: sparse rewards, little data
+    *((PART_TASKS, [part]) for part in PARTS),  # which part does it
     (["kitchen-mixed", "walker2d", "hopper delayed", "hopper", "halfcheetah"], ["lamo", "dt", "wiki-rl"]),
     (["walker2d"], PARTS),  # dense rewards
     (["kitchen-complete", "walker2d 10%", "halfcheetah 10%"], ["lamo", "dt", "wiki-rl"]),

@@ -6,6 +6,7 @@ They cover each task on which every method of a comparison has run with every se
 """
 
 import csv
+import math
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results.make import PARTS, SEEDS, TASKS
+from results.make import PART_TASKS, PARTS, SEEDS, TASKS
 from results.plot import STYLES, draw_interval, iqm_interval
 
 HERE = Path(__file__).resolve().parent
@@ -54,9 +55,11 @@ def write_table(table, tasks, methods):
 
 def draw(table, tasks, methods, path):
     """A panel for each task and one for all of them, a row for each method; dots are seeds, the first method is shaded."""
-    lines = -(-(len(tasks) + 1) // 4)
-    size = 11, lines * (0.9 + 0.27 * len(methods))
-    figure, panels = plt.subplots(lines, 4, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    columns = min(4, len(tasks) + 1)
+    lines = math.ceil((len(tasks) + 1) / columns)
+    size = 1 + 2.5 * columns, lines * (0.9 + 0.27 * len(methods))
+    how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, panels = plt.subplots(lines, columns, figsize=size, **how)
     for axes, group in zip(panels.flat, [*([task] for task in tasks), tasks]):
         for row, (method, style) in enumerate(zip(methods, cycle(STYLES))):
             scores = [column(table[task, method], "best_score") for task in group]
@@ -77,7 +80,7 @@ def draw(table, tasks, methods, path):
 def main():
     table = read_table()
     lines = []
-    parts = [part for part in PARTS if any(method == part for _, method in table)]
+    parts = [part for part in PARTS if all((task, part) in table for task in PART_TASKS)]
     for methods, picture in (COMPARED, "methods.png"), (["lamo", *parts], "parts.png"):
         tasks = [task for task in TASKS if all((task, method) in table for method in methods)]
         if tasks and len(methods) > 1:
