@@ -800,6 +800,14 @@ def test_command_line_from_start_to_end(trained, lm_folder):
     assert again == read_scores(folder)["targets"]
 
 
+def test_what_is_given_goes_before_the_method_and_that_before_the_demo():
+    expected = {"lamo": (1e-2, 0.0, 64, 4, 0.1), "dt": (1e-2, 0.1, 0, 1, 0.0), "wiki-rl": (3e-3, 0.0, 0, 4, 0.1)}
+    for method, values in expected.items():
+        config = lamo.configure({"demo": "demo", "method": method})
+        assert (config.lr, config.dropout, config.lora_rank, config.heads, config.lang_coef) == values
+        assert lamo.configure({"demo": "demo", "method": method, "lr": 5.0}).lr == 5.0
+
+
 def test_two_processes_equal_one(tmp_path, lm_folder):
     """Gradients of half a batch each add up to those of one: with windows that end early, text, and shared episodes."""
     options = f"{SHORT} --context 100 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
@@ -978,6 +986,7 @@ def test_without_a_gpu_the_demo_is_taken_loudly(tmp_path, monkeypatch, capsys):
     assert read_log(tmp_path / "run")[0]["config"]["demo"] == printed[0]
 
 
+# ---------------------------------------------------------------------------- CUDA
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees_with_cpu(trained):
     on_cpu, _, _ = lamo.load(trained[0], "cpu")
