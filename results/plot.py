@@ -83,12 +83,12 @@ def plot_runs(folders, path):
     tasks = list(dict.fromkeys(task for group in runs.values() for task in group))
     figure, (*panels, last) = plt.subplots(1, len(tasks) + 1, figsize=(3.2 * len(tasks) + 3.6, 3), layout="constrained")
     for task, axes in zip(tasks, panels):
-        for (method, group), style in zip(runs.items(), cycle(STYLES)):
+        for group, style in zip(runs.values(), cycle(STYLES)):
             if task in group:
                 steps = sorted(set.intersection(*(set(curve) for curve in group[task])))
                 scores = [np.array([curve[step] for curve in group[task]]) for step in steps]
                 middle, low, high = np.transpose([iqm_interval([values]) for values in scores])
-                axes.plot(steps, middle, markersize=4, label=method, **style)
+                axes.plot(steps, middle, markersize=4, **style)
                 axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(title=task, xlabel="training steps", ylabel="score")
     for row, ((method, group), style) in enumerate(zip(runs.items(), cycle(STYLES))):

@@ -5,19 +5,16 @@
 They cover each task on which every method of a comparison has run with every seed.
 """
 
-import csv
 import math
 from collections import defaultdict
 from itertools import cycle
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results.make import PART_TASKS, PARTS, SEEDS, TASKS
+from results.make import HERE, PART_TASKS, PARTS, SEEDS, TASKS, finished
 from results.plot import STYLES, draw_interval, iqm_interval
 
-HERE = Path(__file__).resolve().parent
 COMPARED = ["lamo", "dt", "wiki-rl"]
 NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
 
@@ -25,9 +22,9 @@ NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
 def read_table():
     """The rows of runs.csv that are not tuning, by task and method; only where all seeds have run."""
     groups = defaultdict(list)
-    for row in csv.DictReader((HERE / "runs.csv").open()):
-        if int(row["seed"]) in SEEDS:
-            groups[row["task"], row["method"]].append(row)
+    for (task, method, _, seed), row in finished().items():
+        if seed in SEEDS:
+            groups[task, method].append(row)
     return {key: rows for key, rows in groups.items() if len(rows) == len(SEEDS)}
 
 
