@@ -139,6 +139,7 @@ class Config:
     weight_decay: float = option(1e-5, "weight decay of AdamW", 0)
     grad_clip: float = option(0.25, "largest norm of the gradient", 1e-9)
     seed: int = option(0, "seed of trajectories, weights, batches and simulator", 0, 10**6)
+    bf16: bool = option(False, "blocks of GPT-2 compute in bfloat16, by torch.autocast", action="store_true")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     targets: tuple[float, ...] | None = option(None, "returns to ask for; None: the task's", -1e9, 1e9, nargs="+")
     episodes: int = option(20, "evaluation episodes per target", 1, 10_000)
@@ -243,9 +244,9 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with the names of its published checkpoints. A trunk without text has no vocabulary."""
 
-    def __init__(self, vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, dropout=0.1):
+    def __init__(self, vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, dropout=0.1, bf16=False):
         super().__init__()
-        self.sha256 = None  # of the checkpoint
+        self.sha256, self.bf16 = None, bf16  # of the checkpoint; whether blocks compute in bfloat16
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(n_positions, n_embd)
         self.drop = nn.Dropout(dropout)
@@ -258,7 +259,7 @@ class GPT2(nn.Module):
                 nn.init.zeros_(parameter)
 
     @classmethod
-    def from_pretrained(cls, name, dropout=0.1):
+    def from_pretrained(cls, name, dropout=0.1, bf16=False):
         """GPT-2 with the weights of a checkpoint, by hub name or folder, or an InputError: LaMo's part 1."""
         config = json.loads(find_file(name, "config.json").read_text())
         original = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
@@ -267,7 +268,7 @@ class GPT2(nn.Module):
                 raise InputError(f"--lm {name} has {key} {config[key]}, the original GPT-2 {value}; try distilgpt2")
         shape = {key: config[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
         with torch.device("meta"):  # takes neither memory nor random numbers
-            model = cls(**shape, dropout=dropout)
+            model = cls(**shape, dropout=dropout, bf16=bf16)
         path = find_file(name, "model.safetensors")
         model.sha256 = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
         with on_error(f"{path} does not hold the weights of a GPT-2; delete it and fetch it again"):
@@ -286,10 +287,11 @@ class GPT2(nn.Module):
 
     def trunk(self, x, keep=...):
         """Embeddings (B, T, D) -> hidden states of the tokens that `keep` picks; token t has seen tokens 0 to t."""
-        x = self.drop(x)
-        for block in self.h[:-1]:
-            x = block(x)
-        return self.ln_f(self.h[-1](x, keep))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.drop(x)
+            for block in self.h[:-1]:
+                x = block(x)
+            return self.ln_f(self.h[-1](x, keep))
 
     def hidden(self, tokens):
         """Token ids (B, T) -> hidden states (B, T, D), which wte turns into logits of the next token."""
@@ -406,8 +408,7 @@ class Trajectories:
         self.states, self.actions = tensor(states), tensor(actions)  # (N, S), (N, A)
         self.returns_to_go = tensor(np.concatenate([reward[::-1].cumsum()[::-1] for reward in rewards]))  # (N,)
         self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in self.lengths]), device=device)
-        # (N,) one past the last step of the trajectory that a step is in
-        self.ends = torch.as_tensor(np.repeat(self.lengths.cumsum(), self.lengths), device=device)
+        self.ends = torch.as_tensor(np.repeat(self.lengths.cumsum(), self.lengths), device=device)  # (N,)
 
     @classmethod
     def from_minari(cls, dataset, ratio, seed, delayed=False, device="cpu"):
@@ -432,7 +433,7 @@ class Trajectories:
         """
         start = torch.randint(len(self.states), (size, 1), device=self.states.device)
         step = start + torch.arange(context, device=start.device)  # (B, K)
-        last = self.ends[start] - 1
+        last = self.ends[start] - 1  # step of its trajectory
         names = "states", "actions", "returns_to_go", "timesteps"
         return {name: getattr(self, name)[torch.minimum(step, last)] for name in names} | {"mask": step <= last}
 
@@ -643,9 +644,9 @@ def build_model(config, arguments, checkpoint=None):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     with on_error("cannot build the model"):
         if config.lm == "none":
-            gpt2 = GPT2(0, 0, config.width, config.layers, config.heads, config.dropout)
+            gpt2 = GPT2(0, 0, config.width, config.layers, config.heads, config.dropout, config.bf16)
         else:
-            gpt2 = GPT2.from_pretrained(config.lm, config.dropout)
+            gpt2 = GPT2.from_pretrained(config.lm, config.dropout, config.bf16)
             if config.lang_coef > 0 and config.text_block > len(gpt2.wpe.weight):
                 raise InputError(f"--text-block is more than the {len(gpt2.wpe.weight)} positions of --lm {config.lm}")
         gpt2.requires_grad_(config.train_trunk)
@@ -710,9 +711,8 @@ def configure(given):
         raise InputError("--lm none has no language to keep; add --lang-coef 0")
     if config.train_trunk and config.lora_rank > 0:
         raise InputError("--train-trunk trains all weights, LoRA freezes them; add --lora-rank 0")
-    task = TASKS.get(config.env, Task(None, None, None, None, context=20, reference=None))
-    own = {name: getattr(config, name) or getattr(task, name) for name in ("data", "targets", "context")}
-    return replace(config, **own)
+    own = TASKS[config.env]._asdict() if config.env else {"context": 20}
+    return replace(config, **{name: getattr(config, name) or own.get(name) for name in ("data", "targets", "context")})
 
 
 def out_of_reach(config):

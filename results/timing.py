@@ -34,7 +34,7 @@ def profile(model, trajectories, text, environments, config):
     with FlopCounterMode(display=False) as counter:  # of matrix products
         lamo.training_step(model, optimizer, trajectories, text, 0, config)
     speed = counter.get_total_flops() / whole / 1e9
-    matrix = torch.rand(4096, 4096, device=config.device)
+    matrix = torch.rand(4096, 4096, device=config.device, dtype=torch.bfloat16 if config.bf16 else torch.float32)
     peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
     print(f"speed        {speed:10,.0f} GFLOP/s, {speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
     cuda, memory = model.state_mean.is_cuda, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
