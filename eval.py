@@ -12,6 +12,7 @@ import argparse
 import atexit
 import os
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,10 +33,11 @@ def join_processes():
     if "LOCAL_RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
         if dist.get_rank() > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
 def processes():
@@ -91,7 +93,7 @@ class Environments:
         return self._attempt(row, lambda env: (env.reset(seed=seed)[0], 0.0, False, False, {}))
 
     def step(self, row, action):
-        """Take a step -> (observation (S,), reward, whether the episode has ended); NaN and True where the simulator fails."""
+        """Take a step -> (observation (S,), reward, whether the episode has ended); None, NaN, True if the simulator fails."""
         return self._attempt(row, lambda env: env.step(action))
 
     def _attempt(self, row, function):
@@ -127,7 +129,6 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
     returns, lengths = np.zeros(len(asked)), np.zeros(len(asked), int)
     rank, world = processes()
     waiting = list(range(len(asked)))[rank::world][::-1]  # torchrun's processes share the episodes
-
     B = environments.grow(len(waiting))
     K, S, A = policy.context, environments.observation_space.shape[0], environments.action_space.shape[0]
     low, high = environments.action_space.low, environments.action_space.high
@@ -154,7 +155,6 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
                     end(row, reward)
                 else:
                     states[row, 0], returns_to_go[row, 0] = observation, asked[episode[row]]
-
             running = np.flatnonzero(episode >= 0)
             newest = np.minimum(t, K - 1)  # column of the step that needs an action
             # Always ALIVE rows, some of them twice: rounding depends on how many there are, and the returns must not.

@@ -185,7 +185,7 @@ class LoRALinear(nn.Module):
 
 # ---------------------------------------------------------------------------- GPT-2: part 1
 class Attention(nn.Module):
-    """Causal multi-head self-attention. (B, T, D) -> output of the tokens that `keep` picks; they attend to all before them."""
+    """Causal multi-head self-attention. (B, T, D) -> output of the tokens that `keep` picks; each has seen all before it."""
 
     def __init__(self, n_embd, n_head, dropout):
         assert n_embd % n_head == 0, f"a width of {n_embd} is not a multiple of {n_head} heads"
@@ -483,7 +483,7 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0, on L: part 4 -> by name, the losses before it and the gradient's norm.
+    """Take step number `step`, counted from 0, on L: part 4 -> by name, the losses before it, and the gradient's norm.
 
     The processes of torchrun draw the same batch, and each computes its share; gradients and losses are their sum.
     """
@@ -496,7 +496,7 @@ def training_step(model, optimizer, trajectories, text, step, config):
     share = {name: part[rank::world] for name, part in batch.items()}
     crops = text.batch(config.text_batch)[rank::world] if text else None
     if rank > 0:
-        torch.manual_seed(hash((seed, rank)))  # for dropout of its own
+        torch.manual_seed(seed + rank * 10**9)  # for dropout of its own
     optimizer.zero_grad()
     action_loss = model.action_loss(share) * (share["mask"].sum() / batch["mask"].sum())
     action_loss.backward()  # at once, not after both: that would take twice the memory
@@ -696,7 +696,7 @@ def load(folder, device="cpu"):
 
 
 def configure(given):
-    """Options that were given, by name -> Config. They override the method's preset, and that the demo's settings."""
+    """Options that were given, by name -> Config. They go before the method's preset, and that before the demo's settings."""
     if "data" in given:
         given = {"env": None} | given  # the dataset says it
     config = Config(**METHODS[given.get("method", "lamo")] | given)
@@ -718,7 +718,7 @@ def configure(given):
 def out_of_reach(config):
     """Why the authors' run cannot start here, in words; None if it can, and then its files have been fetched."""
     if not torch.cuda.is_available():
-        return "no GPU; to train with the paper's settings all the same, add --device cpu"
+        return "no GPU; to train with the paper's settings anyway, add --device cpu"
     try:
         load_dataset(TASKS[config.env].data)
         for filename in ("config.json", "model.safetensors") if config.lm != "none" else ():

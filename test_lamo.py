@@ -178,13 +178,13 @@ def lm_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("bf16, least, most", [(False, 0, 1e-5), (True, 1e-3, 0.1)])
+@pytest.mark.parametrize("bf16, least, most", [(False, 0, 1e-4), (True, 0.01, 1)])
 def test_logits_equal_transformers(bf16, least, most, lm_folder):
     theirs, ours = GPT2LMHeadModel.from_pretrained(lm_folder).eval(), GPT2.from_pretrained(lm_folder, bf16=bf16).eval()
     tokens = torch.randint(300, (3, 64))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        assert least < (ours.hidden(tokens) @ ours.wte.weight.T - expected).abs().mean() < most
+        assert least < (ours.hidden(tokens) @ ours.wte.weight.T - expected).abs().max() < most
     assert expected.std() > 0.5 and ours.drop.p == 0.1  # logits that say something; GPT-2's own dropout
 
 
@@ -814,7 +814,7 @@ def test_two_processes_equal_one(tmp_path, lm_folder):
     options = f"{SHORT} --context 100 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
     double = f"-m torch.distributed.run --standalone --nproc-per-node 2 {HERE}/lamo.py"
     for script, out in (f"{HERE}/lamo.py", "one"), (double, "two"):
-        result = command(script, *options.split(), tmp_path / out, OMP_NUM_THREADS="1")
+        result = command(script, *options.split(), tmp_path / out, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("DEMO ASSETS") == 2  # one process speaks
     one, two = (lamo.read_checkpoint(tmp_path / out)["weights"] for out in ("one", "two"))

@@ -53,6 +53,7 @@ METHODS = {
     "random trunk, all trained": "--lm none --lang-coef 0 --lora-rank 0 --train-trunk",
     "no LoRA": "--lora-rank 0",
     "linear embedders": "--embed linear",
+    "larger language model": "--lm demo/gpt2-mini",  # which python demo/make.py --only gpt2-mini makes, in hours
 }
 PARTS = list(METHODS)[3:]
 PART_TASKS = ["kitchen-partial", "hopper 10%"]  # sparse rewards, little data
@@ -132,7 +133,7 @@ def run(jobs):
 def tuned(method):
     """The best setting of GRID for a method, after its tuning runs."""
     run([(task, method, options, TUNING_SEED) for options in GRID[method] for task in TUNING_TASKS])
-    rows, failed = finished(), {"best_score": "-inf"}  # failed: the loss has become infinite
+    rows, failed = finished(), {"best_score": "-inf"}  # failed: printed by train
     scores = {
         options: [float(rows.get((task, method, options, TUNING_SEED), failed)["best_score"]) for task in TUNING_TASKS]
         for options in GRID[method]

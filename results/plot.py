@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import matplotlib
 import numpy as np
 
 from eval import best_target
+from lamo import Config
 
 matplotlib.use("Agg")  # draws without a screen
 import matplotlib.pyplot as plt
@@ -30,19 +32,19 @@ def iqm(scores):
     return np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(axis=-1)
 
 
-def iqm_interval(tasks):
-    """Scores (seeds,) of one or several tasks -> their interquartile mean, and the bounds that hold it with 95 % confidence.
+def interval(tasks, statistic=iqm):
+    """Scores (seeds,) of one or several tasks -> a statistic of all of them, and the bounds that hold it with 95 % confidence.
 
     From 10,000 stratified bootstrap samples, which draw as many seeds from each task as it has (Agarwal et al. 2021, section 4).
     """
     rng = np.random.default_rng(0)
     samples = np.concatenate([rng.choice(scores, (10_000, len(scores))) for scores in tasks], axis=1)
-    return iqm(np.concatenate(tasks)), *np.percentile(iqm(samples), (2.5, 97.5))
+    return statistic(np.concatenate(tasks)), *np.percentile(statistic(samples), (2.5, 97.5))
 
 
 def draw_interval(axes, tasks, row, style):
     """In a row, a marker at the interquartile mean of several tasks' scores, a bar for its interval -> the three numbers."""
-    middle, low, high = iqm_interval(tasks)
+    middle, low, high = interval(tasks)
     bars = [[middle - low], [high - middle]]
     axes.errorbar(middle, row, xerr=bars, color=style["color"], marker=style["marker"], markersize=5, capsize=2)
     return middle, low, high
@@ -54,7 +56,8 @@ def read_run(folder):
     evaluations = {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
     if header["config"]["steps"] not in evaluations:
         raise ValueError(f"{folder} has not ended")
-    return header["config"], {step: best_target(scores)[1]["score"] for step, scores in evaluations.items()}
+    config = asdict(Config()) | header["config"]  # whose log may be older than an option
+    return config, {step: best_target(scores)[1]["score"] for step, scores in evaluations.items()}
 
 
 def label_runs(configs):
@@ -87,7 +90,7 @@ def plot_runs(folders, path):
             if task in group:
                 steps = sorted(set.intersection(*(set(curve) for curve in group[task])))
                 scores = [np.array([curve[step] for curve in group[task]]) for step in steps]
-                middle, low, high = np.transpose([iqm_interval([values]) for values in scores])
+                middle, low, high = np.transpose([interval([values]) for values in scores])
                 axes.plot(steps, middle, markersize=4, **style)
                 axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(title=task, xlabel="training steps", ylabel="score")

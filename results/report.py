@@ -5,6 +5,7 @@
 They cover each task on which every method of a comparison has run with every seed.
 """
 
+import functools
 import math
 from collections import defaultdict
 from itertools import cycle
@@ -13,19 +14,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from results.make import HERE, PART_TASKS, PARTS, SEEDS, TASKS, finished
-from results.plot import STYLES, draw_interval, iqm_interval
+from results.plot import STYLES, draw_interval, interval
 
 COMPARED = ["lamo", "dt", "wiki-rl"]
 NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
 
 
 def read_table():
-    """The rows of runs.csv that are not tuning, by task and method; only where all seeds have run."""
-    groups = defaultdict(list)
+    """The rows of runs.csv that are not tuning, by task and method, in the order of SEEDS; only where all of them have run."""
+    groups = defaultdict(dict)
     for (task, method, _, seed), row in finished().items():
-        if seed in SEEDS:
-            groups[task, method].append(row)
-    return {key: rows for key, rows in groups.items() if len(rows) == len(SEEDS)}
+        groups[task, method][seed] = row
+    return {key: [rows[seed] for seed in SEEDS] for key, rows in groups.items() if rows.keys() >= set(SEEDS)}
 
 
 def column(rows, name):
@@ -33,7 +33,10 @@ def column(rows, name):
 
 
 def write_table(table, tasks, methods):
-    """Lines of a Markdown table: for each task and method the best target's return, mean and spread over the seeds."""
+    """Lines of a Markdown table: for each task and method the best target's return, mean and spread over the seeds.
+
+    Below, the scores of all tasks, and how much they differ from the first method's with the same seed.
+    """
     lines = [
         "| | " + " | ".join(NAMES.get(method, method) for method in methods) + " |",
         "|---" * (len(methods) + 1) + "|",
@@ -43,11 +46,18 @@ def write_table(table, tasks, methods):
         for method in methods:
             returns, over_targets = (column(table[task, method], name) for name in ("best_return", "mean_return"))
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
-            cells.append(f"{returns.mean():.{digits}f} ± {returns.std():.{digits}f} ({over_targets.mean():.{digits}f})")
+            cells.append(
+                f"{returns.mean():.{digits}f} ± {returns.std(ddof=1):.{digits}f} ({over_targets.mean():.{digits}f})"
+            )
         lines.append(f"| {task} | {' | '.join(cells)} |")
-    intervals = [iqm_interval([column(table[task, method], "best_score") for task in tasks]) for method in methods]
-    cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval) for interval in intervals]
-    return [*lines, f"| score, interquartile mean and 95 % interval | {' | '.join(cells)} |"]
+    scores = [[column(table[task, method], "best_score") for task in tasks] for method in methods]
+    differences = [np.subtract(others, scores[0]) for others in scores[1:]]
+    mean = functools.partial(np.mean, axis=-1)
+    cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval(group)) for group in scores]
+    lines.append(f"| score, interquartile mean and 95 % interval | {' | '.join(cells)} |")
+    cells = ["{:+.1f} ({:.1f} to {:.1f})".format(*interval(group, mean)) for group in differences]
+    lines.append(f"| mean difference from {NAMES[methods[0]]}, seed by seed | | {' | '.join(cells)} |")
+    return lines
 
 
 def draw(table, tasks, methods, path):

@@ -38,7 +38,7 @@ def profile(model, trajectories, text, environments, config):
     peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
     print(f"speed        {speed:10,.0f} GFLOP/s, {speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
     cuda, memory = model.state_mean.is_cuda, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory  {(torch.cuda.max_memory_allocated() if cuda else memory) / 2**30:10.2f} GiB")
+    print(f"peak memory  {(torch.cuda.max_memory_allocated(config.device) if cuda else memory) / 2**30:10.2f} GiB")
 
     rows = range(environments.grow(ALIVE))
     list(environments.threads.map(environments.reset, rows, rows))
