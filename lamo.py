@@ -707,8 +707,8 @@ def configure(given):
     if "demo" in given:
         demo = DEMO | DEMO_TUNED[config.method] | {"data": f"demo/lamo/{config.env}/demo-v0"}
         config = Config(**demo | METHODS[config.method] | given)
-    if config.lm == "none" and config.lang_coef > 0:
-        raise InputError("--lm none has no language to keep; add --lang-coef 0")
+    if config.lang_coef > 0 and (config.lm == "none" or not (config.lora_rank or config.train_trunk)):
+        raise InputError("--lm none has no language, and a frozen GPT-2 without LoRA keeps its own; add --lang-coef 0")
     if config.train_trunk and config.lora_rank > 0:
         raise InputError("--train-trunk trains all weights, LoRA freezes them; add --lora-rank 0")
     own = TASKS[config.env]._asdict() if config.env else {"context": 20}

@@ -295,7 +295,7 @@ BAD_INPUT = {
         --targets x|--targets nan|--episodes 0|--lora-rank -1|--lr -1|--lr nan|--batch 0|--context -1|--text-block 1
         --eval-every 0|--warmup -1|--lang-coef -1|--weight-decay -1|--layers 0|--width 0|--heads 0|--env|extra
         --env humanoid: choose from|--ratio 0.0001: is none|--device cuda:99: --device cuda:99|--device tpu: --device
-        --lm none: add --lang-coef 0|--train-trunk: add --lora-rank 0|--text-block 512: 256 positions|--lm none --lang-coef 0 --heads 3: 128 is not a multiple of 3 heads
+        --lm none: add --lang-coef 0|--lora-rank 0: add --lang-coef 0|--train-trunk: add --lora-rank 0|--text-block 512: 256 positions|--lm none --lang-coef 0 --heads 3: 128 is not a multiple of 3 heads
         --data {bad}/nowhere: nowhere|--data {bad}/folder: folder|--data {bad}/cut-data: cut-data|--data {bad}/nan: NaN
         --data {bad}/empty-data: empty-data|--data {bad}/no-episodes: is none|--data {bad}/metadata-alone: metadata-alone
         --data {bad}/no-rewards: no-rewards|--data {bad}/nan-reward: NaN|--data {bad}/words: words

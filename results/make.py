@@ -51,7 +51,7 @@ METHODS = {
     "no language loss": "--lang-coef 1e-9",  # as good as 0, but the loss on held-out text is measured
     "all trained": "--lora-rank 0 --train-trunk",
     "random trunk, all trained": "--lm none --lang-coef 0 --lora-rank 0 --train-trunk",
-    "no LoRA": "--lora-rank 0",
+    "no LoRA": "--lora-rank 0 --lang-coef 0",  # a frozen trunk keeps its language by itself
     "linear embedders": "--embed linear",
     "larger language model": "--lm demo/gpt2-mini",  # which python demo/make.py --only gpt2-mini makes, in hours
 }
