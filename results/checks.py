@@ -439,7 +439,7 @@ def test_tables_are_those_of_the_runs():
         methods, scores = [name.lower() for name in header[1:]], {}
         for task, *cells in lines:
             for method, cell in zip(methods, cells, strict=True):
-                chosen = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+                chosen = [row for row in rows if (row["task"], row["method"].lower()) == (task, method)]
                 assert sorted(row["seed"] for row in chosen) == list("01234")
                 assert len({row["options"] for row in chosen}) == 1
                 returns = [float(row["best_return"]) for row in chosen]
