@@ -433,7 +433,7 @@ class Trajectories:
         """
         start = torch.randint(len(self.states), (size, 1), device=self.states.device)
         step = start + torch.arange(context, device=start.device)  # (B, K)
-        last = self.ends[start] - 1  # step of its trajectory
+        last = self.ends[start] - 1  # step of the trajectory
         names = "states", "actions", "returns_to_go", "timesteps"
         return {name: getattr(self, name)[torch.minimum(step, last)] for name in names} | {"mask": step <= last}
 
@@ -708,7 +708,7 @@ def configure(given):
         demo = DEMO | DEMO_TUNED[config.method] | {"data": f"demo/lamo/{config.env}/demo-v0"}
         config = Config(**demo | METHODS[config.method] | given)
     if config.lang_coef > 0 and (config.lm == "none" or not (config.lora_rank or config.train_trunk)):
-        raise InputError("--lm none has no language, and a frozen GPT-2 without LoRA keeps its own; add --lang-coef 0")
+        raise InputError("the language loss needs a language model, and LoRA or --train-trunk; add --lang-coef 0")
     if config.train_trunk and config.lora_rank > 0:
         raise InputError("--train-trunk trains all weights, LoRA freezes them; add --lora-rank 0")
     own = TASKS[config.env]._asdict() if config.env else {"context": 20}
