@@ -248,7 +248,7 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
 
 LANGUAGE_MODELS = {  # shapes; only the first one belongs to the demo
     "gpt2-tiny": {"n_embd": 128, "n_layer": 3, "n_head": 4},
-    "gpt2-mini": {"n_embd": 256, "n_layer": 4, "n_head": 4},
+    "gpt2-mini": {"n_embd": 256, "n_layer": 3, "n_head": 4},
 }
 VOCABULARY, POSITIONS = 4096, 256
 

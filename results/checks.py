@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -428,11 +429,14 @@ def test_eval_command_and_video(trained, tmp_path):
         assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
 
 
-def test_tables_are_those_of_the_runs():
+def test_tables_and_figures_are_those_of_the_runs():
     rows = [row for row in csv.DictReader((HERE / "results" / "runs.csv").open()) if row["seed"] != "100"]
-    tables = (HERE / "results" / "table.md").read_text().strip().split("\n\n")
-    for table in tables:
-        assert f"\n\n{table}\n" in (HERE / "README.md").read_text()
+    tables = (HERE / "results" / "table.md").read_text()
+    answers = " ".join((HERE / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0].split())
+    figures = re.findall(r"[-+]?\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)", answers)
+    assert len(figures) > 4 and all(figure in tables for figure in figures)
+    for table in tables.strip().split("\n\n"):
+        assert f"\n\n{table}\n" in (HERE / "results" / "README.md").read_text()
         header, _, *lines, _, differences = (
             [cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")
         )

@@ -53,7 +53,7 @@ METHODS = {
     "random trunk, all trained": "--lm none --lang-coef 0 --lora-rank 0 --train-trunk",
     "no LoRA": "--lora-rank 0 --lang-coef 0",  # a frozen trunk keeps its language by itself
     "linear embedders": "--embed linear",
-    "larger language model": "--lm demo/gpt2-mini",  # which python demo/make.py --only gpt2-mini makes, in hours
+    "larger language model": "--lm demo/gpt2-mini",
 }
 PARTS = list(METHODS)[3:]
 PART_TASKS = ["kitchen-partial", "hopper 10%"]  # sparse rewards, little data
@@ -142,6 +142,8 @@ def tuned(method):
 
 
 def main():
+    if not (HERE.parent / "demo/gpt2-mini").exists():
+        sys.exit("the larger language model is missing; first make it, in hours: python demo/make.py --only gpt2-mini")
     for tasks, methods in QUESTIONS:
         best = {method: tuned(method) for method in methods}
         print(best, flush=True)
