@@ -40,7 +40,7 @@ def join_processes():
             sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
-def processes():
+def rank_and_world():
     """The number of this process among those of torchrun, from 0 on, and how many they are; else 0 and 1."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -63,7 +63,7 @@ class Environments:
     Threads run at the same time because MuJoCo releases Python's interpreter lock while it simulates.
 
     Raises:
-        ValueError: observations or actions are no vectors of real numbers, or actions have no bounds.
+        ValueError: observations or actions are not vectors of real numbers, or actions have no bounds.
     """
 
     def __init__(self, spec, alive=ALIVE, render_mode=None):
@@ -127,7 +127,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
     device = next(policy.parameters()).device
     asked = np.repeat(np.asarray(targets, np.float32), episodes)  # of each of the N episodes
     returns, lengths = np.zeros(len(asked)), np.zeros(len(asked), int)
-    rank, world = processes()
+    rank, world = rank_and_world()
     waiting = list(range(len(asked)))[rank::world][::-1]  # torchrun's processes share the episodes
     B = environments.grow(len(waiting))
     K, S, A = policy.context, environments.observation_space.shape[0], environments.action_space.shape[0]
@@ -157,7 +157,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
                     states[row, 0], returns_to_go[row, 0] = observation, asked[episode[row]]
             running = np.flatnonzero(episode >= 0)
             newest = np.minimum(t, K - 1)  # column of the step that needs an action
-            # Always ALIVE rows, some of them twice: rounding depends on how many there are, and the returns must not.
+            # Always ALIVE rows, repeated to fill them: rounding depends on how many there are, and the returns must not.
             rows = np.resize(running, ALIVE)
             history = returns_to_go[rows], states[rows], actions[rows], timesteps[rows], newest[rows] + 1
             action = policy.act(*(torch.as_tensor(part, device=device) for part in history))

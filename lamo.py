@@ -40,17 +40,16 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from pyarrow import parquet
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from eval import Environments, add_up, best_target, evaluate, format_scores, join_processes, processes, vector
+from eval import Environments, add_up, best_target, evaluate, format_scores, join_processes, rank_and_world, vector
 
 HERE = Path(__file__).resolve().parent
 NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
-constants.HF_HUB_DOWNLOAD_TIMEOUT = 5  # seconds of silence until a download is tried again, up to five times
 
 
 class InputError(ValueError):
@@ -73,7 +72,7 @@ def on_error(advice):
 
 # ---------------------------------------------------------------------------- configuration
 # Tasks as the authors' code has them: Gymnasium's id, Minari dataset, returns to ask for in evaluation, return_scale,
-# K, and the returns that score 0 and 100: D4RL's random and expert policy (Fu et al. 2020).
+# K, and the returns that score 0 and 100 where a dataset names none: D4RL's random and expert policy (Fu et al. 2020).
 Task = namedtuple("Task", "env_id data targets return_scale context reference")
 KITCHEN = "gymnasium_robotics:FrankaKitchen-v1"
 TASKS = {
@@ -185,7 +184,7 @@ class LoRALinear(nn.Module):
 
 # ---------------------------------------------------------------------------- GPT-2: part 1
 class Attention(nn.Module):
-    """Causal multi-head self-attention. (B, T, D) -> output of the tokens that `keep` picks; each has seen all before it."""
+    """Causal self-attention. (B, T, D) -> output of the tokens that `keep` picks; each has seen itself and all before it."""
 
     def __init__(self, n_embd, n_head, dropout):
         assert n_embd % n_head == 0, f"a width of {n_embd} is not a multiple of {n_head} heads"
@@ -207,8 +206,7 @@ class Attention(nn.Module):
             for start in range(0, T, 128):
                 end = min(start + 128, T)
                 mask = q.new_ones(end - start, end, dtype=torch.bool).tril(start)
-                strip, seen = q[:, :, start:end], (k[:, :, :end], v[:, :, :end])
-                strips.append(F.scaled_dot_product_attention(strip, *seen, attn_mask=mask, dropout_p=p))
+                strips.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, p))
             y = torch.cat(strips, dim=2)
         return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, D)[keep]))
 
@@ -242,7 +240,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019), with the names of its published checkpoints. A trunk without text has no vocabulary."""
+    """GPT-2 (Radford et al. 2019), with the names of its published checkpoints. Without text, 0 tokens and 0 positions."""
 
     def __init__(self, vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, dropout=0.1, bf16=False):
         super().__init__()
@@ -280,7 +278,7 @@ class GPT2(nn.Module):
         return model
 
     def add_lora(self, rank, alpha, dropout):
-        """Freeze all of GPT-2, then adapt q, k and v of each block through LoRA: LaMo's part 2."""
+        """Freeze all of GPT-2, then adapt q, k and v of each block through LoRA, and their biases: LaMo's part 2."""
         self.requires_grad_(False)
         for block in self.h:
             block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout)
@@ -343,7 +341,7 @@ class LaMo(nn.Module):
         self.register_buffer("state_mean", state_mean.float())
         self.register_buffer("state_std", state_std.float())
         self.register_buffer("action_center", (high + low).float() / 2)
-        self.register_buffer("action_radius", (high - low).float() / 2)
+        self.register_buffer("action_radius", ((high - low).float() / 2).clamp(min=1e-6))  # 0: a constant
 
     def tokens(self, returns_to_go, states, actions, timesteps):
         """Windows (B, K), (B, K, S), (B, K, A), (B, K), in the environment's units -> their tokens (B, 3 K, D).
@@ -439,7 +437,7 @@ class Trajectories:
 
 
 class Text:
-    """Tokens as flat arrays, to train on and to hold out, of one `block` at least; a batch is random crops of a block."""
+    """Tokens to train on and to hold out, at least `block` of each, as flat arrays; a batch is random crops of `block`."""
 
     def __init__(self, tokens, held_out, block):
         if min(len(tokens), len(held_out)) < block:
@@ -464,7 +462,7 @@ class Text:
 # ---------------------------------------------------------------------------- training
 LOG_EVERY, SAVE_EVERY = 50, 60  # training steps, seconds
 VERSION = 2  # of the checkpoints
-SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on: no two values of --seed share one
+SEEDS = 10_000  # a run evaluates with the simulator's seeds from SEEDS * seed on; no two values of --seed share one
 
 
 def learning_rate(step, config):
@@ -483,13 +481,13 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0, on L: part 4 -> by name, the losses before it, and the gradient's norm.
+    """Take step number `step`, counted from 0, on L: part 4. -> the losses before it and the gradient's norm, by name.
 
     The processes of torchrun draw the same batch, and each computes its share; gradients and losses are their sum.
     """
     seed = config.seed * config.steps + step  # of its own, so that a run can go on from any step
     torch.manual_seed(seed)
-    rank, world = processes()
+    rank, world = rank_and_world()
     group = optimizer.param_groups[0]
     group["lr"] = learning_rate(step, config)
     batch = trajectories.batch(config.batch, config.context)
@@ -506,8 +504,8 @@ def training_step(model, optimizer, trajectories, text, step, config):
         (config.lang_coef * language_loss).backward()
         losses["language_loss"] = language_loss.detach()
     if world > 1:
-        parts = [parameter.grad for parameter in group["params"] if parameter.grad is not None] + list(losses.values())
-        nn.utils.vector_to_parameters(add_up(nn.utils.parameters_to_vector(parts)), parts)
+        for part in [*(p.grad for p in group["params"] if p.grad is not None), *losses.values()]:
+            add_up(part)
     losses["gradient_norm"] = nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
     optimizer.step()
     return {name: value.item() for name, value in losses.items()}
@@ -516,7 +514,7 @@ def training_step(model, optimizer, trajectories, text, step, config):
 def train(model, trajectories, text, environments, config, header, out, checkpoint=None):
     """Train and evaluate, or go on from a checkpoint, whose weights the model has -> the last evaluation's scores.
 
-    The folder `out` gets log.jsonl and checkpoint.pt; `header` is what both say of the run.
+    The folder `out` gets log.jsonl and checkpoint.pt; `header`, which describes the run, goes into both.
     """
     optimizer = make_optimizer(model, config)
     start, log_size, recent, saved_at = 0, 0, {}, -math.inf  # recent: losses since the last line of the log
@@ -526,8 +524,8 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     model.train()
     stop = []  # a first signal lets the step or evaluation finish, a second one ends the run at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(print("\nstopping after this step")))
-    with open(out / "log.jsonl", "a") if processes()[0] == 0 else tempfile.TemporaryFile("w") as log:
+        signal.signal(number, lambda number, _: sys.exit(1) if stop else stop.append(number))
+    with open(out / "log.jsonl", "a") if rank_and_world()[0] == 0 else tempfile.TemporaryFile("w") as log:
         log.seek(log.truncate(log_size))
         if not checkpoint:
             print(json.dumps(header), file=log, flush=True)
@@ -542,7 +540,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
                 recent = {}
             if evaluating or stopping or time.monotonic() > saved_at + SAVE_EVERY:
                 state = {"optimizer": optimizer.state_dict(), "step": step, "log_size": log.tell(), "recent": recent}
-                if processes()[0] == 0:
+                if rank_and_world()[0] == 0:
                     save(out / "checkpoint.pt", model, header, state)
                 saved_at, saved = time.monotonic(), step
             if stopping:
@@ -557,7 +555,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             for name, value in training_step(model, optimizer, trajectories, text, step, config).items():
                 recent.setdefault(name, []).append(value)
                 if not math.isfinite(value):
-                    last = f"the last good checkpoint, of step {saved}, is in {out}"
+                    last = f"the last checkpoint, of step {saved}, is in {out}"
                     raise InputError(f"{name} is {value} in step {step + 1}; try a smaller --lr ({last})")
 
 
@@ -571,7 +569,7 @@ def find_file(name, filename, kind="model"):
         cached = try_to_load_from_cache(name, filename, repo_type=kind)
         if isinstance(cached, str):
             return Path(cached)
-        get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)  # a download would ask for minutes
+        get_session().head(hf_hub_url(name, filename, repo_type=kind), timeout=5)  # a download retries for minutes
         return Path(hf_hub_download(name, filename, repo_type=kind))
 
 
@@ -611,8 +609,9 @@ def load_dataset(name):
         if len(list(folder.glob("data/*"))) > 1:  # an interrupted download leaves only metadata.json
             return minari.MinariDataset(folder / "data")
     namespace, _, rest = name.partition("/")
-    files = [f"{rest}/data/{file}" for file in ("main_data.hdf5", "metadata.json")]
-    return minari.MinariDataset([find_file(f"farama-minari/{namespace}", file, "dataset") for file in files][0].parent)
+    names = f"{rest}/data/metadata.json", f"{rest}/data/main_data.hdf5"
+    paths = [find_file(f"farama-minari/{namespace}", name, "dataset") for name in names]
+    return minari.MinariDataset(paths[0].parent)
 
 
 def recorded_rewards(dataset, episode):
@@ -629,7 +628,7 @@ def evaluation_spec(dataset, env_id):
     try:
         spec = dataset.recover_environment(eval_env=True).spec
     except Exception as error:
-        if env_id is None:
+        if env_id in (None, KITCHEN):  # only the data knows the subtasks
             raise
         print(f"evaluating in {env_id}, because the dataset's own environment cannot be made ({error})")
         spec = gym.make(env_id).spec
@@ -656,12 +655,12 @@ def build_model(config, arguments, checkpoint=None):
         if checkpoint:
             if checkpoint["header"]["lm_sha256"] != gpt2.sha256:
                 raise InputError(f"--lm {config.lm} is not the one that the run was trained on")
-            model.load_state_dict(checkpoint["weights"], strict=False)
+            model.load_state_dict(model.state_dict() | checkpoint["weights"])
         return model.to(config.device)
 
 
 def save(path, model, header, state):
-    """Write the weights that train, and what rebuilds the rest: a frozen language model is named, not copied."""
+    """Write a checkpoint. Of a frozen language model it has the name and a checksum, not the weights."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad and model.gpt2.sha256}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     partial = path.with_suffix(".partial")
@@ -696,7 +695,7 @@ def load(folder, device="cpu"):
 
 
 def configure(given):
-    """Options that were given, by name -> Config. They go before the method's preset, and that before the demo's settings."""
+    """Options that were given, by name -> Config. They override the method's preset, and that the demo's settings."""
     if "data" in given:
         given = {"env": None} | given  # the dataset says it
     config = Config(**METHODS[given.get("method", "lamo")] | given)
@@ -720,11 +719,12 @@ def out_of_reach(config):
     if not torch.cuda.is_available():
         return "no GPU; to train with the paper's settings anyway, add --device cpu"
     try:
-        load_dataset(TASKS[config.env].data)
-        for filename in ("config.json", "model.safetensors") if config.lm != "none" else ():
-            find_file(config.lm, filename)
-        if config.lang_coef > 0:
-            load_text(config.lm, config.text, config.text_block)
+        with on_error("the files of the authors' run cannot be used"):
+            load_dataset(TASKS[config.env].data)
+            for filename in ("config.json", "model.safetensors") if config.lm != "none" else ():
+                find_file(config.lm, filename)
+            if config.lang_coef > 0:
+                load_text(config.lm, config.text, config.text_block)
     except InputError as error:
         return str(error)
 
@@ -732,7 +732,7 @@ def out_of_reach(config):
 def run(config, out=None, checkpoint=None):
     """Train and evaluate as a Config says, into the folder `out`; without one, only measure where the time goes."""
     started, task = time.time(), TASKS.get(config.env)
-    with on_error(f"--device {config.device} cannot be used here; leave it out, or give cpu"):
+    with on_error(f"--device {config.device} cannot be used here; give --device cpu, or one that is here"):
         torch.zeros(1, device=config.device)
     torch.manual_seed(config.seed)
     with on_error(f"--lm {config.lm} is neither a GPT-2 of the hub nor a folder with config.json and tokenizer.json"):
@@ -777,12 +777,12 @@ def run(config, out=None, checkpoint=None):
         from results.timing import profile
 
         return profile(model, trajectories, text, environments, config)
-    print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
+    print(f"run     {config.steps:,} steps on {config.device}, into {out} (Ctrl-C stops after a step)", flush=True)
     if checkpoint and checkpoint["header"]["data_sha256"] != header["data_sha256"]:
         raise InputError(f"--data {config.data} has changed since the run started; start a new one")
     header["text_loss"] = checkpoint["header"]["text_loss"] if checkpoint else text and text.held_out_loss(model.eval())
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
-    if processes()[0] > 0:
+    if rank_and_world()[0] > 0:
         return
     after = text and text.held_out_loss(model.eval())
     target, row = best_target(scores)
@@ -816,7 +816,7 @@ def main(arguments):
         task = config.env or config.data.strip("/").replace("/", "-")
         name = f"{task}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' if config.demo else ''}"
         out = Path(config.out or f"runs/{name}")
-    rank, world = processes()
+    rank, world = rank_and_world()
     if config.batch % world or (config.lang_coef > 0 and config.text_batch % world):
         raise InputError(f"--batch and --text-batch must be multiples of {world}, the number of processes")
     print(config.demo or f"{config.method} on {config.data}", flush=True)
@@ -841,7 +841,7 @@ def run_command(main):
     try:
         main(sys.argv[1:])
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        stream = sys.__stderr__ if processes()[0] > 0 else sys.stderr  # heard from any process
+        stream = sys.__stderr__ if rank_and_world()[0] > 0 else sys.stderr  # heard from any process
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=stream)
         sys.exit(2)
 

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, on w
 def isolated(tmp_path, monkeypatch):
     """No test sees the user's caches or the network, or leaves a signal handler behind."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr(lamo.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(lamo, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: 1 / 0))
     monkeypatch.setattr(lamo.signal, "signal", lambda *_: None)
 
@@ -372,7 +372,7 @@ def smooth_dropout(x, p=0.5, training=True, inplace=False):
     return x * (1 + p * torch.sin(5 * x)) if training else x
 
 
-def plain_attention(q, k, v, dropout_p=0.0, is_causal=False, attn_mask=None):
+def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     mask = attn_mask if attn_mask is not None else torch.ones(scores.shape[-2:]).tril().bool()
     scores = scores.masked_fill(~mask, -math.inf)
@@ -631,7 +631,7 @@ def test_each_process_has_dropout_of_its_own(monkeypatch):
     monkeypatch.setattr(lamo, "add_up", lambda tensor: tensor)
     losses = []
     for rank in (0, 0, 1):
-        monkeypatch.setattr(lamo, "processes", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(lamo, "rank_and_world", lambda rank=rank: (rank, 2))
         optimizer, trajectories = lamo.make_optimizer(model, config), SimpleNamespace(batch=lambda *_: window)
         losses.append(lamo.training_step(model, optimizer, trajectories, text, 0, config)["action_loss"])
     assert losses[0] == losses[1] != losses[2]

@@ -533,7 +533,7 @@ def test_a_run_stopped_before_its_first_step_leaves_nothing(tmp_path):
 
 def test_a_process_that_is_not_the_first_removes_nothing(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("mine")
-    monkeypatch.setattr(lamo, "processes", lambda: (1, 2))
+    monkeypatch.setattr(lamo, "rank_and_world", lambda: (1, 2))
     with pytest.raises(InputError, match="no config.json of no/such"):
         lamo.main(f"--demo --lm no/such --out {tmp_path}".split())
     assert (tmp_path / "mine.txt").read_text() == "mine"
@@ -653,3 +653,23 @@ def test_without_the_hub_the_demo_is_taken(monkeypatch):
         assert "Hugging Face hub" in config.demo and config.steps == 1000
     config = lamo.configure({"env": "reacher2d", "method": "dt"})
     assert config.demo is None and config.steps == 100_000 and config.data == lamo.TASKS["reacher2d"].data
+
+
+def test_where_a_cached_dataset_is_damaged_the_demo_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = tmp_path / "minari" / lamo.TASKS["hopper"].data / "data"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text("{}")
+    (folder / "main_data.hdf5").write_text("not HDF5")
+    assert "files of the authors' run cannot be used" in lamo.configure({}).demo
+
+
+def test_weights_of_a_model_with_other_names_are_refused():
+    config = lamo.configure({"demo": "the demo", "device": "cpu"})
+    stats, bounds = [[0.0] * 3, [1.0] * 3], [[-1.0] * 2, [1.0] * 2]
+    arguments = {"max_timesteps": 9, "return_scale": 1.0, "state_stats": stats, "action_bounds": bounds}
+    model = lamo.build_model(config, arguments)
+    weights = {name.replace("embed_state", "state_embedder"): weight for name, weight in model.state_dict().items()}
+    checkpoint = {"header": {"lm_sha256": model.gpt2.sha256}, "weights": weights}
+    with pytest.raises(InputError, match="cannot build the model .*state_embedder"):
+        lamo.build_model(config, arguments, checkpoint)
