@@ -699,8 +699,8 @@ def configure(given):
     if "data" in given:
         given = {"env": None} | given  # the dataset says it
     config = Config(**METHODS[given.get("method", "lamo")] | given)
-    named = given.keys() & {"lm", "data", "text", "device"}  # what is named is never replaced
-    why = None if config.demo or named else out_of_reach(config)
+    named = given.keys() & {"lm", "data", "text", "device", "demo"}  # what is named is never replaced
+    why = None if named or rank_and_world()[1] > 1 else out_of_reach(config)  # torchrun's processes could disagree
     if why:
         given = given | {"demo": f"{NOTICE} ({why})"}
     if "demo" in given:

@@ -653,6 +653,8 @@ def test_without_the_hub_the_demo_is_taken(monkeypatch):
         assert "Hugging Face hub" in config.demo and config.steps == 1000
     config = lamo.configure({"env": "reacher2d", "method": "dt"})
     assert config.demo is None and config.steps == 100_000 and config.data == lamo.TASKS["reacher2d"].data
+    monkeypatch.setattr(lamo, "rank_and_world", lambda: (1, 2))
+    assert lamo.configure({}).demo is None  # torchrun's processes could disagree
 
 
 def test_where_a_cached_dataset_is_damaged_the_demo_is_taken(tmp_path, monkeypatch):
