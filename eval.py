@@ -5,7 +5,7 @@
     python eval.py runs/hopper-lamo-0.1-0 --video hopper.gif               # and render one episode, without a screen
     python eval.py runs/* --plot runs.png                                  # learning curves and final scores, by method
 
-This file knows a policy and the spec of an environment, nothing else: neither datasets nor how the policy was trained.
+Rollouts and scores know a policy and the spec of an environment: neither datasets nor how the policy was trained.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from farama_notifications import notifications
 from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
-notifications.pop("gymnasium_robotics", None)  # which the kitchen prints, about other environments
-ALIVE = 20  # environments at a time, and rows that the policy computes: those of the kitchen take 90 MB each
+notifications.pop("gymnasium_robotics", None)  # a notice about other environments, printed with the kitchen
+ALIVE = 20  # environments at a time, and rows in the policy's batch; an environment of the kitchen takes 90 MB
 
 
 def join_processes():
     """Under torchrun, which starts a process for each GPU: become one of them. The first one speaks for all."""
     if "LOCAL_RANK" in os.environ:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
         if dist.get_rank() > 0:
@@ -41,7 +41,7 @@ def join_processes():
 
 
 def rank_and_world():
-    """The number of this process among those of torchrun, from 0 on, and how many they are; else 0 and 1."""
+    """This process's number among torchrun's, from 0, and how many there are; else 0 and 1."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -128,7 +128,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
     asked = np.repeat(np.asarray(targets, np.float32), episodes)  # of each of the N episodes
     returns, lengths = np.zeros(len(asked)), np.zeros(len(asked), int)
     rank, world = rank_and_world()
-    waiting = list(range(len(asked)))[rank::world][::-1]  # torchrun's processes share the episodes
+    waiting = list(range(rank, len(asked), world))[::-1]  # torchrun's processes share the episodes
     B = environments.grow(len(waiting))
     K, S, A = policy.context, environments.observation_space.shape[0], environments.action_space.shape[0]
     low, high = environments.action_space.low, environments.action_space.high
@@ -294,7 +294,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    import eval  # the module that lamo.py imports, not this script a second time
+    import eval  # so that lamo.py and this script share one copy of this module
     from lamo import run_command
 
     run_command(eval.main)

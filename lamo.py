@@ -71,8 +71,8 @@ def on_error(advice):
 
 
 # ---------------------------------------------------------------------------- configuration
-# Tasks as the authors' code has them: Gymnasium's id, Minari dataset, returns to ask for in evaluation, return_scale,
-# K, and the returns that score 0 and 100 where a dataset names none: D4RL's random and expert policy (Fu et al. 2020).
+# Tasks, with the authors' targets, scales and contexts: Gymnasium's id, Minari dataset, returns to ask for in evaluation, what
+# returns are divided by, K, and the returns that score 0 and 100 if the dataset names none (D4RL's; Fu et al. 2020).
 Task = namedtuple("Task", "env_id data targets return_scale context reference")
 KITCHEN = "gymnasium_robotics:FrankaKitchen-v1"
 TASKS = {
@@ -110,7 +110,7 @@ def option(default, help, least=None, most=math.inf, **how):
 class Config:
     """Every setting of a run; the command line is made from it. The defaults are those of the authors' runs."""
 
-    env: str | None = option("hopper", "task; with --data alone, the environment that the data names", choices=TASKS)
+    env: str | None = option("hopper", "task; with --data alone, taken from the dataset", choices=TASKS)
     data: str | None = option(None, "Minari dataset id, or folder; None: the task's")
     ratio: float = option(1.0, "share of the dataset's trajectories to train on", 1e-9, 1)
     context: int = option(0, "K, time steps that the policy sees; 0: the task's", 0)
@@ -136,7 +136,7 @@ class Config:
     lr_schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(2500, "training steps of linear warm-up", 0)
     weight_decay: float = option(1e-5, "weight decay of AdamW", 0)
-    grad_clip: float = option(0.25, "largest norm of the gradient", 1e-9)
+    grad_clip: float = option(0.25, "gradients are clipped to this norm", 1e-9)
     seed: int = option(0, "seed of trajectories, weights, batches and simulator", 0, 10**6)
     bf16: bool = option(False, "blocks of GPT-2 compute in bfloat16, by torch.autocast", action="store_true")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
@@ -240,7 +240,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019), with the names of its published checkpoints. Without text, 0 tokens and 0 positions."""
+    """GPT-2 (Radford et al. 2019), with the names of its published checkpoints. For --lm none, 0 tokens and 0 positions."""
 
     def __init__(self, vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, dropout=0.1, bf16=False):
         super().__init__()
@@ -261,7 +261,7 @@ class GPT2(nn.Module):
         """GPT-2 with the weights of a checkpoint, by hub name or folder, or an InputError: LaMo's part 1."""
         config = json.loads(find_file(name, "config.json").read_text())
         original = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        for key, value in (original | {"scale_attn_by_inverse_layer_idx": False}).items():
+        for key, value in (original | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}).items():
             if config.get(key, value) != value:
                 raise InputError(f"--lm {name} has {key} {config[key]}, the original GPT-2 {value}; try distilgpt2")
         shape = {key: config[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
@@ -346,7 +346,7 @@ class LaMo(nn.Module):
     def tokens(self, returns_to_go, states, actions, timesteps):
         """Windows (B, K), (B, K, S), (B, K, A), (B, K), in the environment's units -> their tokens (B, 3 K, D).
 
-        Windows of fewer than K steps are padded on the right, where causal attention never looks from a real step.
+        Windows of fewer than K steps are padded on the right, where no real step attends to them.
         """
         states = (states - self.state_mean) / self.state_std
         states = states.nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)  # infinite entries count as the mean
@@ -377,7 +377,7 @@ class LaMo(nn.Module):
     def action_loss(self, batch):
         """Mean over the real steps of a batch of Trajectories, and over A, of the squared error in actions."""
         predicted = self.predict(batch["returns_to_go"], batch["states"], batch["actions"], batch["timesteps"])
-        actions = (batch["actions"] - self.action_center) / self.action_radius  # in [-1, 1]
+        actions = (batch["actions"] - self.action_center) / self.action_radius  # -1 and 1 at the bounds
         error = (predicted - actions).square().mean(dim=-1)  # (B, K)
         return (error * batch["mask"]).sum() / batch["mask"].sum()
 
@@ -406,7 +406,7 @@ class Trajectories:
         self.states, self.actions = tensor(states), tensor(actions)  # (N, S), (N, A)
         self.returns_to_go = tensor(np.concatenate([reward[::-1].cumsum()[::-1] for reward in rewards]))  # (N,)
         self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in self.lengths]), device=device)
-        self.ends = torch.as_tensor(np.repeat(self.lengths.cumsum(), self.lengths), device=device)  # (N,)
+        self.last = torch.as_tensor(np.repeat(self.lengths.cumsum() - 1, self.lengths), device=device)  # (N,)
 
     @classmethod
     def from_minari(cls, dataset, ratio, seed, delayed=False, device="cpu"):
@@ -431,7 +431,7 @@ class Trajectories:
         """
         start = torch.randint(len(self.states), (size, 1), device=self.states.device)
         step = start + torch.arange(context, device=start.device)  # (B, K)
-        last = self.ends[start] - 1  # step of the trajectory
+        last = self.last[start]  # step of the trajectory
         names = "states", "actions", "returns_to_go", "timesteps"
         return {name: getattr(self, name)[torch.minimum(step, last)] for name in names} | {"mask": step <= last}
 
@@ -453,8 +453,7 @@ class Text:
     @torch.no_grad()
     def held_out_loss(self, model):
         """Language loss of a LaMo in evaluation mode on evenly spaced held-out blocks, in nats per token."""
-        blocks = min(32, len(self.held_out) // self.block)
-        starts = np.linspace(0, len(self.held_out) - self.block, blocks).astype(int)
+        starts = np.linspace(0, len(self.held_out) - self.block, min(32, len(self.held_out) // self.block)).astype(int)
         crops = (torch.from_numpy(self.held_out[None, i : i + self.block].astype(np.int64)) for i in starts)
         return float(np.mean([model.language_loss(crop.to(model.state_mean.device)).item() for crop in crops]))
 
@@ -481,9 +480,9 @@ def make_optimizer(model, config):
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """Take step number `step`, counted from 0, on L: part 4. -> the losses before it and the gradient's norm, by name.
+    """One optimiser step on L, number `step` from 0: LaMo's part 4. -> losses before it and the gradient's norm, by name.
 
-    The processes of torchrun draw the same batch, and each computes its share; gradients and losses are their sum.
+    Under torchrun, every process draws the same batch and computes its share; gradients and losses are then summed.
     """
     seed = config.seed * config.steps + step  # of its own, so that a run can go on from any step
     torch.manual_seed(seed)
@@ -494,10 +493,10 @@ def training_step(model, optimizer, trajectories, text, step, config):
     share = {name: part[rank::world] for name, part in batch.items()}
     crops = text.batch(config.text_batch)[rank::world] if text else None
     if rank > 0:
-        torch.manual_seed(seed + rank * 10**9)  # for dropout of its own
+        torch.manual_seed(seed + rank * 10**9)  # each process has its own dropout
     optimizer.zero_grad()
     action_loss = model.action_loss(share) * (share["mask"].sum() / batch["mask"].sum())
-    action_loss.backward()  # at once, not after both: that would take twice the memory
+    action_loss.backward()  # before the language loss, so that only one graph is in memory
     losses = {"action_loss": action_loss.detach()}
     if text:
         language_loss = model.language_loss(crops.to(config.device)) / world
@@ -524,9 +523,9 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     model.train()
     stop = []  # a first signal lets the step or evaluation finish, a second one ends the run at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(1) if stop else stop.append(number))
+        signal.signal(number, lambda *_: sys.exit(1) if stop else stop.append(True))
     with open(out / "log.jsonl", "a") if rank_and_world()[0] == 0 else tempfile.TemporaryFile("w") as log:
-        log.seek(log.truncate(log_size))
+        log.seek(log.truncate(log_size))  # without what was logged after the checkpoint
         if not checkpoint:
             print(json.dumps(header), file=log, flush=True)
         progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start, mininterval=1)
@@ -555,8 +554,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             for name, value in training_step(model, optimizer, trajectories, text, step, config).items():
                 recent.setdefault(name, []).append(value)
                 if not math.isfinite(value):
-                    last = f"the last checkpoint, of step {saved}, is in {out}"
-                    raise InputError(f"{name} is {value} in step {step + 1}; try a smaller --lr ({last})")
+                    raise InputError(f"{name} is {value} in step {step + 1}; lower --lr ({out} has step {saved})")
 
 
 # ---------------------------------------------------------------------------- language models, text and datasets
@@ -565,7 +563,7 @@ def find_file(name, filename, kind="model"):
     for folder in (Path(name), HERE / name):
         if folder.is_dir():
             return (folder / filename).resolve(strict=True)
-    with on_error(f"no {filename} of {name} here, nor from the Hugging Face hub; try again, or --demo"):
+    with on_error(f"no {filename} of {name} here, nor from the Hugging Face hub; try again, or add --demo"):
         cached = try_to_load_from_cache(name, filename, repo_type=kind)
         if isinstance(cached, str):
             return Path(cached)
@@ -581,7 +579,7 @@ def tokenize(path, tokenizer):
         documents = path.read_text("utf-8").splitlines(keepends=True)
     parts = [np.empty(0, np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)]
     for start in tqdm(range(0, len(documents), 1000), f"tokenising {path.name}", leave=False, disable=None):
-        encodings = tokenizer.encode_batch(documents[start : start + 1000])
+        encodings = tokenizer.encode_batch(documents[start : start + 1000], add_special_tokens=False)
         parts += [np.array(encoding.ids, parts[0].dtype) for encoding in encodings]
     return np.concatenate(parts)
 
@@ -591,11 +589,13 @@ def load_text(lm, text, block):
     """The Text of a file, which holds out its last tenth, or of WikiText-103, which holds out its validation split."""
     with on_error(f"cannot use the text {text}; give a UTF-8 file with --text"):
         tokenizer = Tokenizer.from_file(str(find_file(lm, "tokenizer.json")))
+        tokenizer.no_padding()  # which the file may have turned on
+        tokenizer.no_truncation()
         if text == "wikitext":
             parts = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
-            names = [f"wikitext-103-raw-v1/{part}.parquet" for part in parts]
-            files = [find_file("Salesforce/wikitext", name, "dataset") for name in names]
-            *train, held_out = (tokenize(path, tokenizer) for path in files)
+            files = [f"wikitext-103-raw-v1/{part}.parquet" for part in parts]
+            paths = [find_file("Salesforce/wikitext", file, "dataset") for file in files]
+            *train, held_out = (tokenize(path, tokenizer) for path in paths)
         else:
             tokens = tokenize(Path(text) if Path(text).exists() else HERE / text, tokenizer)
             *train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
@@ -609,8 +609,8 @@ def load_dataset(name):
         if len(list(folder.glob("data/*"))) > 1:  # an interrupted download leaves only metadata.json
             return minari.MinariDataset(folder / "data")
     namespace, _, rest = name.partition("/")
-    names = f"{rest}/data/metadata.json", f"{rest}/data/main_data.hdf5"
-    paths = [find_file(f"farama-minari/{namespace}", name, "dataset") for name in names]
+    files = f"{rest}/data/main_data.hdf5", f"{rest}/data/metadata.json"  # the large one first: both of one commit
+    paths = [find_file(f"farama-minari/{namespace}", file, "dataset") for file in files]
     return minari.MinariDataset(paths[0].parent)
 
 
@@ -624,7 +624,7 @@ def recorded_rewards(dataset, episode):
 
 
 def evaluation_spec(dataset, env_id):
-    """The EnvSpec of the environment that a MinariDataset was recorded in, or of `env_id` if that cannot be made."""
+    """The EnvSpec of the environment that a MinariDataset was recorded in; of `env_id` if that cannot be made."""
     try:
         spec = dataset.recover_environment(eval_env=True).spec
     except Exception as error:
@@ -695,7 +695,7 @@ def load(folder, device="cpu"):
 
 
 def configure(given):
-    """Options that were given, by name -> Config. They override the method's preset, and that the demo's settings."""
+    """Options that were given, by name -> Config. They override the method's preset, which overrides the demo's settings."""
     if "data" in given:
         given = {"env": None} | given  # the dataset says it
     config = Config(**METHODS[given.get("method", "lamo")] | given)
@@ -717,7 +717,7 @@ def configure(given):
 def out_of_reach(config):
     """Why the authors' run cannot start here, in words; None if it can, and then its files have been fetched."""
     if not torch.cuda.is_available():
-        return "no GPU; to train with the paper's settings anyway, add --device cpu"
+        return "no CUDA GPU; to train with the paper's settings anyway, add --device cpu"
     try:
         with on_error("the files of the authors' run cannot be used"):
             load_dataset(TASKS[config.env].data)
@@ -761,9 +761,9 @@ def run(config, out=None, checkpoint=None):
     arrays = trajectories.states, trajectories.actions, trajectories.returns_to_go
     header = {
         "config": asdict(config), "arguments": arguments, "reference": reference,
-        "lm_sha256": model.gpt2.sha256, "env_spec": environments.spec.to_json(),
+        "lm_sha256": model.gpt2.sha256, "env_spec": environments.spec.to_json(), "trajectories": len(returns),
         "data_sha256": hashlib.sha256(b"".join(array.cpu().numpy().tobytes() for array in arrays)).hexdigest(),
-        "trajectories": len(returns), "device": torch.cuda.get_device_name(config.device) if model.state_mean.is_cuda else "cpu",
+        "device": torch.cuda.get_device_name(config.device) if model.state_mean.is_cuda else config.device,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "minari")},
         "commit": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty 2>{os.devnull}") or None,
     }  # fmt: skip
@@ -823,13 +823,13 @@ def main(arguments):
     if profiling:
         return run(config)
     if rank == 0 and not checkpoint:
-        with on_error(f"cannot make the folder {out}; go on with --resume {out}, choose another --out, or delete it"):
+        with on_error(f"cannot make the folder {out}; choose another --out, delete it, or go on with --resume {out}"):
             out.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until training begins
     try:
         run(config, out, checkpoint)
     except BaseException as error:
-        if rank == 0 and not (out / "checkpoint.pt").exists():
+        if rank == 0 and not checkpoint and not (out / "checkpoint.pt").exists():
             shutil.rmtree(out, ignore_errors=True)  # nothing half-written
         elif isinstance(error, OSError):
             raise InputError(f"{error}; once that is fixed, go on with --resume {out}") from error

@@ -433,7 +433,7 @@ def test_tables_and_figures_are_those_of_the_runs():
     rows = [row for row in csv.DictReader((HERE / "results" / "runs.csv").open()) if row["seed"] != "100"]
     tables = (HERE / "results" / "table.md").read_text()
     answers = " ".join((HERE / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0].split())
-    figures = re.findall(r"[-+]?\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)", answers)
+    figures = re.findall(r"[-+]?\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)|[\d.]+ ± [\d.]+\d", answers)
     assert len(figures) > 4 and all(figure in tables for figure in figures)
     for table in tables.strip().split("\n\n"):
         assert f"\n\n{table}\n" in (HERE / "results" / "README.md").read_text()
@@ -624,7 +624,7 @@ def test_runs_never_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lamo.main(f"{SHORT} --method dt".split())
     before = (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text()
-    with pytest.raises(InputError, match="go on with --resume runs/hopper-dt-0.1-0-demo, choose another --out"):
+    with pytest.raises(InputError, match="delete it, or go on with --resume runs/hopper-dt-0.1-0-demo"):
         lamo.main(f"{SHORT} --method dt".split())
     assert (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text() == before
 
@@ -675,3 +675,12 @@ def test_weights_of_a_model_with_other_names_are_refused():
     checkpoint = {"header": {"lm_sha256": model.gpt2.sha256}, "weights": weights}
     with pytest.raises(InputError, match="cannot build the model .*state_embedder"):
         lamo.build_model(config, arguments, checkpoint)
+
+
+def test_padding_and_truncation_of_a_saved_tokenizer_are_turned_off(tmp_path):
+    tokenizer = Tokenizer.from_file(str(HERE / "demo" / "gpt2-tiny" / "tokenizer.json"))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text, plain = (lamo.load_text(str(lm), "demo/text.txt", 256) for lm in (tmp_path, "demo/gpt2-tiny"))
+    assert np.array_equal(text.tokens, plain.tokens)

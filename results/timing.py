@@ -1,6 +1,7 @@
 """Where the time of a run goes: python lamo.py ... --profile"""
 
 import resource
+import sys
 import timeit
 
 import numpy as np
@@ -37,8 +38,10 @@ def profile(model, trajectories, text, environments, config):
     matrix = torch.rand(4096, 4096, device=config.device, dtype=torch.bfloat16 if config.bf16 else torch.float32)
     peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
     print(f"speed        {speed:10,.0f} GFLOP/s, {speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
-    cuda, memory = model.state_mean.is_cuda, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory  {(torch.cuda.max_memory_allocated(config.device) if cuda else memory) / 2**30:10.2f} GiB")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # in bytes
+    if model.state_mean.is_cuda:
+        memory = torch.cuda.max_memory_allocated(config.device)
+    print(f"peak memory  {memory / 2**30:10.2f} GiB")
 
     rows = range(environments.grow(ALIVE))
     list(environments.threads.map(environments.reset, rows, rows))
