@@ -46,7 +46,7 @@ METHODS = {
     "lamo": "--method lamo",
     "dt": "--method dt",
     "wiki-rl": "--method wiki-rl",
-    # LaMo but for one part
+    # variants of LaMo
     "random trunk": "--lm none --lang-coef 0",
     "no language loss": "--lang-coef 1e-9",  # as good as 0, but the loss on held-out text is measured
     "all trained": "--lora-rank 0 --train-trunk",
@@ -55,17 +55,18 @@ METHODS = {
     "linear embedders": "--embed linear",
     "larger language model": "--lm demo/gpt2-mini",
 }
-PARTS = list(METHODS)[3:]
-PART_TASKS = ["kitchen-partial", "hopper 10%"]  # sparse rewards, little data
+COMPARED, VARIANTS, LARGER = list(METHODS)[:3], list(METHODS)[3:-1], list(METHODS)[-1:]
 # Questions in the order in which they are answered: the tasks, and the methods that run on each of them.
 QUESTIONS = [
-    (["hopper 10%", "reacher2d", "kitchen-partial"], ["lamo", "dt", "wiki-rl"]),
-    *((PART_TASKS, [part]) for part in PARTS),  # which part does it
-    (["kitchen-mixed", "walker2d", "hopper delayed", "hopper", "halfcheetah"], ["lamo", "dt", "wiki-rl"]),
-    (["walker2d"], PARTS),  # dense rewards
-    (["kitchen-complete", "walker2d 10%", "halfcheetah 10%"], ["lamo", "dt", "wiki-rl"]),
-    (["hopper 3%", "kitchen-partial 10%", "hopper 30%", "kitchen-partial 30%", "kitchen-partial 3%"], ["lamo", "dt", "wiki-rl"]),
-]  # fmt: skip
+    (["hopper 10%", "reacher2d", "kitchen-partial"], COMPARED),
+    (["kitchen-partial", "hopper 10%"], VARIANTS),  # sparse rewards, little data
+    (["kitchen-mixed", "walker2d", "hopper delayed", "hopper", "halfcheetah"], COMPARED),
+    (["kitchen-partial", "hopper 10%"], LARGER),
+    (["walker2d"], VARIANTS),  # dense rewards
+    (["hopper 3%", "kitchen-complete", "walker2d 10%", "halfcheetah 10%"], COMPARED),
+    (["kitchen-partial 10%", "hopper 30%", "kitchen-partial 30%", "kitchen-partial 3%"], COMPARED),
+    (["walker2d"], LARGER),
+]
 SEEDS = [0, 1, 2, 3, 4]
 TUNING_TASKS = ["hopper 10%", "kitchen-partial"]  # one with dense rewards, one with sparse ones
 TUNING_SEED = 100
@@ -76,13 +77,16 @@ def grid(rates, others):
     return [f"--lr {rate} {other}".strip() for rate, other in itertools.product(rates, others)]
 
 
-# Six settings for each method. A part varies LaMo of rank 64, which LaMo's tuning chose, and so has the three learning
-# rates at that rank to choose from.
+# Six settings for each method. A variant is one of LaMo with rank 64, which LaMo's tuning chose, and so has the three
+# learning rates at that rank to choose from.
 GRID = {
     "lamo": grid(LEARNING_RATES, ("--lora-rank 16", "--lora-rank 64")),
     "dt": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
     "wiki-rl": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
-} | {part: grid(LEARNING_RATES, [""] if "--lora-rank 0" in METHODS[part] else ["--lora-rank 64"]) for part in PARTS}
+} | {
+    variant: grid(LEARNING_RATES, [""] if "--lora-rank 0" in METHODS[variant] else ["--lora-rank 64"])
+    for variant in VARIANTS + LARGER
+}
 
 
 def finished():

@@ -1,4 +1,4 @@
-"""Tables and pictures of what runs.csv has: table.md, methods.png and parts.png.
+"""Tables and pictures of what runs.csv has: table.md, and a picture for each of COMPARISONS.
 
     python -m results.report
 
@@ -13,11 +13,17 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results.make import HERE, PART_TASKS, PARTS, SEEDS, TASKS, finished
+from results.make import COMPARED, HERE, LARGER, SEEDS, TASKS, VARIANTS, finished
 from results.plot import STYLES, draw_interval, interval
 
-COMPARED = ["lamo", "dt", "wiki-rl"]
 NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
+SHARES = [task for name in ("hopper", "kitchen-partial") for task in (name, f"{name} 30%", f"{name} 10%", f"{name} 3%")]
+COMPARISONS = {  # methods and tasks, by picture
+    "methods.png": (COMPARED, [task for task in TASKS if task not in SHARES or task in ("hopper", "hopper 10%", "kitchen-partial")]),
+    "parts.png": (["lamo", *VARIANTS], TASKS),
+    "data.png": (COMPARED, SHARES),
+    "larger.png": (["lamo", *LARGER], TASKS),
+}  # fmt: skip
 
 
 def read_table():
@@ -61,13 +67,14 @@ def write_table(table, tasks, methods):
 
 
 def draw(table, tasks, methods, path):
-    """A panel for each task and one for all of them, a row for each method; dots are seeds, the first method is shaded."""
-    columns = min(4, len(tasks) + 1)
-    lines = math.ceil((len(tasks) + 1) / columns)
+    """A panel for all tasks and one for each, a row for each method; dots are seeds, the first method is shaded."""
+    groups = [tasks, *([task] for task in tasks)]
+    columns = min(4, len(groups))
+    lines = math.ceil(len(groups) / columns)
     size = 1 + 2.5 * columns, lines * (0.9 + 0.27 * len(methods))
     how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, panels = plt.subplots(lines, columns, figsize=size, **how)
-    for axes, group in zip(panels.flat, [*([task] for task in tasks), tasks]):
+    for axes, group in zip(panels.flat, groups):
         for row, (method, style) in enumerate(zip(methods, cycle(STYLES))):
             scores = [column(table[task, method], "best_score") for task in group]
             _, low, high = draw_interval(axes, scores, -row, style)
@@ -76,7 +83,9 @@ def draw(table, tasks, methods, path):
             if len(group) == 1:
                 axes.plot(scores[0], np.full(len(scores[0]), -row - 0.25), ".", color=style["color"], markersize=3)
         axes.set_title(group[0] if len(group) == 1 else "all of these", fontsize="medium")
-    for axes in panels.flat[len(tasks) + 1 :]:
+    for axes in panels.flat[len(groups) - columns : len(groups)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+    for axes in panels.flat[len(groups) :]:
         axes.set_visible(False)
     panels[0, 0].set_yticks([-row for row in range(len(methods))], [NAMES.get(method, method) for method in methods])
     panels[0, 0].set(xlim=(min(0, panels[0, 0].get_xlim()[0]), None), ylim=(-len(methods) + 0.4, 0.6))
@@ -87,12 +96,10 @@ def draw(table, tasks, methods, path):
 def main():
     table = read_table()
     lines = []
-    parts = [part for part in PARTS if all((task, part) in table for task in PART_TASKS)]
-    for methods, picture in (COMPARED, "methods.png"), (["lamo", *parts], "parts.png"):
-        tasks = [task for task in TASKS if all((task, method) in table for method in methods)]
-        if tasks and len(methods) > 1:
-            lines += [*write_table(table, tasks, methods), ""]
-            draw(table, tasks, methods, HERE / picture)
+    for picture, (methods, tasks) in COMPARISONS.items():
+        tasks = [task for task in tasks if all((task, method) in table for method in methods)]
+        lines += [*write_table(table, tasks, methods), ""]
+        draw(table, tasks, methods, HERE / picture)
     (HERE / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
