@@ -42,20 +42,17 @@ TASKS = {
     "kitchen-partial 10%": "--env kitchen-partial --ratio 0.1",
     "kitchen-partial 3%": "--env kitchen-partial --ratio 0.03",
 }
-METHODS = {
-    "lamo": "--method lamo",
-    "dt": "--method dt",
-    "wiki-rl": "--method wiki-rl",
-    # variants of LaMo
+COMPARED = {"lamo": "--method lamo", "dt": "--method dt", "wiki-rl": "--method wiki-rl"}
+VARIANTS = {  # of LaMo
     "random trunk": "--lm none --lang-coef 0",
     "no language loss": "--lang-coef 1e-9",  # as good as 0, but the loss on held-out text is measured
     "all trained": "--lora-rank 0 --train-trunk",
     "random trunk, all trained": "--lm none --lang-coef 0 --lora-rank 0 --train-trunk",
     "no LoRA": "--lora-rank 0 --lang-coef 0",  # a frozen trunk keeps its language by itself
     "linear embedders": "--embed linear",
-    "larger language model": "--lm demo/gpt2-mini",
 }
-COMPARED, VARIANTS, LARGER = list(METHODS)[:3], list(METHODS)[3:-1], list(METHODS)[-1:]
+LARGER = {"larger language model": "--lm demo/gpt2-mini"}
+METHODS = COMPARED | VARIANTS | LARGER
 # Questions in the order in which they are answered: the tasks, and the methods that run on each of them.
 QUESTIONS = [
     (["hopper 10%", "reacher2d", "kitchen-partial"], COMPARED),
@@ -85,7 +82,7 @@ GRID = {
     "wiki-rl": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
 } | {
     variant: grid(LEARNING_RATES, [""] if "--lora-rank 0" in METHODS[variant] else ["--lora-rank 64"])
-    for variant in VARIANTS + LARGER
+    for variant in VARIANTS | LARGER
 }
 
 

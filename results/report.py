@@ -13,17 +13,19 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results.make import COMPARED, HERE, LARGER, SEEDS, TASKS, VARIANTS, finished
+from results.make import COMPARED, HERE, LARGER, SEEDS, VARIANTS, finished
 from results.plot import STYLES, draw_interval, interval
 
 NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
+MAIN = ["hopper", "hopper 10%", "hopper delayed", "halfcheetah", "halfcheetah 10%", "walker2d", "walker2d 10%"]
+MAIN += ["reacher2d", "kitchen-complete", "kitchen-mixed", "kitchen-partial"]
 SHARES = [task for name in ("hopper", "kitchen-partial") for task in (name, f"{name} 30%", f"{name} 10%", f"{name} 3%")]
 COMPARISONS = {  # methods and tasks, by picture
-    "methods.png": (COMPARED, [task for task in TASKS if task not in SHARES or task in ("hopper", "hopper 10%", "kitchen-partial")]),
-    "parts.png": (["lamo", *VARIANTS], TASKS),
-    "data.png": (COMPARED, SHARES),
-    "larger.png": (["lamo", *LARGER], TASKS),
-}  # fmt: skip
+    "methods.png": ([*COMPARED], MAIN),
+    "parts.png": (["lamo", *VARIANTS], MAIN),
+    "data.png": ([*COMPARED], SHARES),
+    "larger.png": (["lamo", *LARGER], MAIN),
+}
 
 
 def read_table():
