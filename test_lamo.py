@@ -830,14 +830,13 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(lamo, "LOG_EVERY", 2)
     whole = hopper_run(tmp_path / "whole")
     scores = lamo.train(*whole)
-    rng, deaths = np.random.default_rng(22), []
+    rng, resumed = np.random.default_rng(23), []
 
     def mortal(function):
         def dies(*arguments):
             luck = rng.random()
             result = function(*arguments) if luck > 0.2 else None  # dies before its work is done, or after it
             if luck < 0.4:
-                deaths.append(luck)
                 raise KeyboardInterrupt
             return result
 
@@ -849,13 +848,14 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     while True:
         model, *rest = hopper_run(tmp_path / "run")
         checkpoint = lamo.read_checkpoint(rest[-1]) if (rest[-1] / "checkpoint.pt").exists() else None
+        resumed.append(checkpoint and checkpoint["recent"])
         model.load_state_dict(checkpoint["weights"] if checkpoint else {}, strict=False)
         try:
             assert lamo.train(model, *rest, checkpoint) == scores
             break
         except KeyboardInterrupt:
             pass
-    assert len(deaths) > 5
+    assert len(resumed) > 5 and any(resumed)  # also between two lines of the log
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in whole[0].state_dict().items())
     assert (tmp_path / "run" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
 

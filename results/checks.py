@@ -39,6 +39,7 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2LMHeadModel
 
 import eval as evaluation
@@ -216,7 +217,10 @@ def bad(tmp_path_factory, lm_folder, trained):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
-    settings = {"bert": {"model_type": "bert"}, "relu": {"activation_function": "relu"}, "wide": {"n_embd": 64}}
+    settings = {
+        "bert": {"model_type": "bert"}, "relu": {"activation_function": "relu"}, "wide": {"n_embd": 64},
+        "unscaled": {"scale_attn_weights": False}, "by-layer": {"scale_attn_by_inverse_layer_idx": True},
+    }  # fmt: skip
     for name in (*settings, "cut-weights", "lacking-weights", "pickled-weights"):
         shutil.copytree(lm_folder, folder / name)
         config = json.loads((lm_folder / "config.json").read_text()) | settings.get(name, {})
@@ -301,9 +305,10 @@ BAD_INPUT = {
         --data {bad}/empty-data: empty-data|--data {bad}/no-episodes: is none|--data {bad}/metadata-alone: metadata-alone
         --data {bad}/no-rewards: no-rewards|--data {bad}/nan-reward: NaN|--data {bad}/words: words
         --data {bad}/narrow: narrow|--data {bad}/test/discrete-v0: vectors of real numbers|--data no-such-name: no-such-name
-        --lm {bad}/folder: config.json|--lm {bad}/no-json: --lm|--lm {bad}/no-tokenizer: tokenizer.json|--lm {bad}/bert: bert
-        --lm {bad}/relu: relu|--lm {bad}/wide: model.safetensors|--lm {bad}/cut-weights: delete it and fetch it again
-        --lm {bad}/lacking-weights: h.1.mlp.c_fc.weight|--lm {bad}/pickled-weights: model.safetensors
+        --lm {bad}/folder: config.json|--lm {bad}/no-json: --lm|--lm {bad}/no-tokenizer: tokenizer.json|--lm {bad}/bert: model_type
+        --lm {bad}/relu: activation_function|--lm {bad}/unscaled: scale_attn_weights|--lm {bad}/by-layer: inverse_layer_idx
+        --lm {bad}/wide: model.safetensors|--lm {bad}/cut-weights: delete it and fetch it again|--lm {bad}/lacking-weights: h.1.mlp.c_fc.weight
+        --lm {bad}/pickled-weights: model.safetensors
         --text {bad}/short.txt: --text-block|--text {bad}/empty.txt: 0 tokens|--text {bad}/binary.txt: UTF-8
         --text {bad}/missing.txt: missing.txt|--text {bad}/folder: folder|--out {bad}: --out|--out {bad}/short.txt/run: --out
     """,
@@ -538,6 +543,19 @@ def test_a_process_that_is_not_the_first_removes_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+def test_a_resumed_run_that_fails_keeps_its_folder(trained, tmp_path, monkeypatch):
+    out = shutil.copytree(trained[0], tmp_path / "run")
+
+    def fail(*_):
+        (out / "checkpoint.pt").unlink()
+        raise InputError("the checkpoint is gone")
+
+    monkeypatch.setattr(lamo, "run", fail)
+    with pytest.raises(InputError, match="the checkpoint is gone"):
+        lamo.main(["--resume", str(out)])
+    assert (out / "log.jsonl").exists()
+
+
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     model, *_, header, out = run = hopper_run(tmp_path / "run")
     lamo.train(*run)
@@ -676,10 +694,13 @@ def test_weights_of_a_model_with_other_names_are_refused():
         lamo.build_model(config, arguments, checkpoint)
 
 
-def test_padding_and_truncation_of_a_saved_tokenizer_are_turned_off(tmp_path):
+def test_what_a_saved_tokenizer_adds_and_cuts_is_turned_off(tmp_path):
     tokenizer = Tokenizer.from_file(str(HERE / "demo" / "gpt2-tiny" / "tokenizer.json"))
     tokenizer.enable_padding(length=64)
     tokenizer.enable_truncation(8)
+    tokenizer.add_special_tokens(["<|start|>"])
+    start = "<|start|>", tokenizer.token_to_id("<|start|>")
+    tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[start])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text, plain = (lamo.load_text(str(lm), "demo/text.txt", 256) for lm in (tmp_path, "demo/gpt2-tiny"))
     assert np.array_equal(text.tokens, plain.tokens)
