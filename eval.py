@@ -5,7 +5,7 @@
     python eval.py runs/hopper-lamo-0.1-0 --video hopper.gif               # and render one episode, without a screen
     python eval.py runs/* --plot runs.png                                  # learning curves and final scores, by method
 
-Rollouts and scores know a policy and the spec of an environment: neither datasets nor how the policy was trained.
+Rollouts and scores need a policy and an environment, not the dataset or how the policy was trained.
 """
 
 import argparse
@@ -89,11 +89,11 @@ class Environments:
         return count
 
     def reset(self, row, seed):
-        """Start an episode -> (observation (S,), 0, False), as `step` does."""
+        """Start an episode -> (observation (S,), 0, False), as `step` returns."""
         return self._attempt(row, lambda env: (env.reset(seed=seed)[0], 0.0, False, False, {}))
 
     def step(self, row, action):
-        """Take a step -> (observation (S,), reward, whether the episode has ended); None, NaN, True if the simulator fails."""
+        """Take a step -> (observation (S,), reward, whether the episode has ended), or (None, NaN, True) if it fails."""
         return self._attempt(row, lambda env: env.step(action))
 
     def _attempt(self, row, function):
@@ -117,7 +117,7 @@ def rollout(policy, environments, targets, episodes, seed, delayed=False, frames
             `max_timesteps`, and `act(returns_to_go (B, K), states (B, K, S), actions (B, K, A), timesteps (B, K),
             lengths (B,)) -> (B, A)`, in the environment's units; see LaMo.act.
         environments: an Environments.
-        targets: returns to ask for.
+        targets: returns that the policy is conditioned on.
         seed: episode i starts from the environment's seed `seed + i`, whatever the target.
         delayed: rewards count at the end of an episode only, so that the return-to-go stays what was asked for.
         frames: a list that receives a picture (H, W, 3) of the first environment every `frame_every` steps.
@@ -255,7 +255,7 @@ def main(arguments):
 
     parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="folder", help="folder of a run of lamo.py; several with --plot")
-    parser.add_argument("--targets", type=float, nargs="+", help="returns to ask for (default: the run's)")
+    parser.add_argument("--targets", type=float, nargs="+", help="target returns (default: the run's)")
     parser.add_argument("--episodes", type=int, help="episodes per target (default: the run's)")
     parser.add_argument("--seed", type=int, help="seed of the first episode (default: that of the run's evaluation)")
     parser.add_argument("--device", default=lamo.Config.device, help="cpu, cuda, cuda:1, ...")

@@ -10,9 +10,9 @@ and four parts make it LaMo, each in one place below:
   1. the trunk starts from the weights of GPT-2          GPT2.from_pretrained
   2. LoRA adapts it while it stays frozen                LoRALinear, GPT2.add_lora
   3. MLPs embed returns, states and actions              Embedder
-  4. a language loss on text is kept beside the actions  LaMo.language_loss, training_step
+  4. a language loss on text joins the action loss       LaMo.language_loss, training_step
 
-B batch, K context in time steps, D model width, S state size, A action size, T tokens or steps. Units are the environment's.
+B batch, K context in steps, D model width, S state size, A action size, T tokens or steps; in the environment's units.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def on_error(advice):
 
 
 # ---------------------------------------------------------------------------- configuration
-# Tasks, with the authors' targets, scales and contexts: Gymnasium's id, Minari dataset, returns to ask for in evaluation, what
+# Tasks, with the authors' targets, scales and contexts: Gymnasium's id, Minari dataset, target returns for evaluation, what
 # returns are divided by, K, and the returns that score 0 and 100 if the dataset names none (D4RL's; Fu et al. 2020).
 Task = namedtuple("Task", "env_id data targets return_scale context reference")
 KITCHEN = "gymnasium_robotics:FrankaKitchen-v1"
@@ -94,7 +94,7 @@ METHODS = {  # Decision Transformer: Chen et al. 2021. Wiki-RL: Reid et al. 2022
 
 def option(default, help, least=None, most=math.inf, **how):
     """A field of Config, with argparse's keywords for its flag; with `least`, a number from `least` to `most`."""
-    kind = float if default is None else type(default)  # None: of --targets
+    kind = float if default is None else type(default)  # None: --targets, a list of floats
 
     def number(text):
         if not least <= kind(text) <= most:
@@ -140,7 +140,7 @@ class Config:
     seed: int = option(0, "seed of trajectories, weights, batches and simulator", 0, 10**6)
     bf16: bool = option(False, "blocks of GPT-2 compute in bfloat16, by torch.autocast", action="store_true")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
-    targets: tuple[float, ...] | None = option(None, "returns to ask for; None: the task's", -1e9, 1e9, nargs="+")
+    targets: tuple[float, ...] | None = option(None, "target returns; None: the task's", -1e9, 1e9, nargs="+")
     episodes: int = option(20, "evaluation episodes per target", 1, 10_000)
     eval_every: int = option(2500, "training steps between evaluations; the end is always evaluated", 1)
     out: str | None = option(None, "folder of the run; None: runs/<env>-<method>-<ratio>-<seed>")
@@ -184,7 +184,7 @@ class LoRALinear(nn.Module):
 
 # ---------------------------------------------------------------------------- GPT-2: part 1
 class Attention(nn.Module):
-    """Causal self-attention. (B, T, D) -> output of the tokens that `keep` picks; each has seen itself and all before it."""
+    """Causal self-attention. (B, T, D) -> output of tokens that `keep` picks; each attends to itself and those before."""
 
     def __init__(self, n_embd, n_head, dropout):
         assert n_embd % n_head == 0, f"a width of {n_embd} is not a multiple of {n_head} heads"
@@ -261,7 +261,8 @@ class GPT2(nn.Module):
         """GPT-2 with the weights of a checkpoint, by hub name or folder, or an InputError: LaMo's part 1."""
         config = json.loads(find_file(name, "config.json").read_text())
         original = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        for key, value in (original | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}).items():
+        original |= {"tie_word_embeddings": True, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+        for key, value in original.items():
             if config.get(key, value) != value:
                 raise InputError(f"--lm {name} has {key} {config[key]}, the original GPT-2 {value}; try distilgpt2")
         shape = {key: config[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
@@ -278,13 +279,13 @@ class GPT2(nn.Module):
         return model
 
     def add_lora(self, rank, alpha, dropout):
-        """Freeze all of GPT-2, then adapt q, k and v of each block through LoRA, and their biases: LaMo's part 2."""
+        """Freeze all of GPT-2, then add LoRA to q, k and v of each block, and train their biases: LaMo's part 2."""
         self.requires_grad_(False)
         for block in self.h:
             block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout)
 
     def trunk(self, x, keep=...):
-        """Embeddings (B, T, D) -> hidden states of the tokens that `keep` picks; token t has seen tokens 0 to t."""
+        """Embeddings (B, T, D) -> hidden states of the tokens that `keep` picks; token t attends to tokens 0 to t."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.drop(x)
             for block in self.h[:-1]:
@@ -314,7 +315,7 @@ class LaMo(nn.Module):
     """A policy conditioned on the return to go, on a GPT-2 trunk.
 
     A window of K steps becomes 3 K tokens R_0, s_0, a_0, R_1, ...; the output at s_t predicts a_t (Decision
-    Transformer, Chen et al. 2021). The timestep embedding tells the time; GPT-2's position embedding is left to text.
+    Transformer, Chen et al. 2021). A step's tokens share a timestep embedding; GPT-2's position embeddings are for text.
 
     Args:
         embed: "mlp" or "linear", for the embedders and the action head.
@@ -341,7 +342,7 @@ class LaMo(nn.Module):
         self.register_buffer("state_mean", state_mean.float())
         self.register_buffer("state_std", state_std.float())
         self.register_buffer("action_center", (high + low).float() / 2)
-        self.register_buffer("action_radius", ((high - low).float() / 2).clamp(min=1e-6))  # 0: a constant
+        self.register_buffer("action_radius", ((high - low).float() / 2).clamp(min=1e-6))  # 0 if an action is constant
 
     def tokens(self, returns_to_go, states, actions, timesteps):
         """Windows (B, K), (B, K, S), (B, K, A), (B, K), in the environment's units -> their tokens (B, 3 K, D).
@@ -359,7 +360,7 @@ class LaMo(nn.Module):
         return tokens.flatten(1, 2)
 
     def predict(self, returns_to_go, states, actions, timesteps):
-        """The action of each step, predicted from what comes before it: (B, K, A), scaled so that the bounds are -1 and 1."""
+        """The action of each step, predicted from what comes before it: (B, K, A), with bounds scaled to -1 and 1."""
         state_tokens = slice(None), slice(1, None, 3)
         return self.action_head(self.gpt2.trunk(self.tokens(returns_to_go, states, actions, timesteps), state_tokens))
 
@@ -390,7 +391,7 @@ class LaMo(nn.Module):
 
 # ---------------------------------------------------------------------------- data
 class Trajectories:
-    """Trajectories, from lists of arrays (T, S), (T, A), (T,), as flat tensors of N steps; a batch of windows is one gather."""
+    """Trajectories, from lists of arrays (T, S), (T, A), (T,), as flat tensors of N steps; a batch is one gather."""
 
     def __init__(self, observations, actions, rewards, device="cpu"):
         self.returns = np.array([reward.sum() for reward in rewards])  # of each trajectory
@@ -431,7 +432,7 @@ class Trajectories:
         """
         start = torch.randint(len(self.states), (size, 1), device=self.states.device)
         step = start + torch.arange(context, device=start.device)  # (B, K)
-        last = self.last[start]  # step of the trajectory
+        last = self.last[start]  # index of the trajectory's last step
         names = "states", "actions", "returns_to_go", "timesteps"
         return {name: getattr(self, name)[torch.minimum(step, last)] for name in names} | {"mask": step <= last}
 
@@ -441,8 +442,9 @@ class Text:
 
     def __init__(self, tokens, held_out, block):
         if min(len(tokens), len(held_out)) < block:
-            counts = f"{len(tokens)} tokens to train on and {len(held_out)} to hold out, one block has {block}"
-            raise InputError(f"the text has {counts}; give a longer text or a smaller --text-block")
+            raise InputError(
+                f"lower --text-block {block}: the text has {len(tokens)} tokens, and {len(held_out)} held out"
+            )
         self.tokens, self.held_out, self.block = tokens, held_out, block
 
     def batch(self, size):
@@ -474,17 +476,17 @@ def learning_rate(step, config):
 
 
 def make_optimizer(model, config):
-    """AdamW for what trains."""
+    """AdamW over the trainable parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=trained[0].is_cuda)
 
 
 def training_step(model, optimizer, trajectories, text, step, config):
-    """One optimiser step on L, number `step` from 0: LaMo's part 4. -> losses before it and the gradient's norm, by name.
+    """Take optimiser step `step`, from 0, on L: LaMo's part 4. -> the losses before it and the gradient's norm, by name.
 
     Under torchrun, every process draws the same batch and computes its share; gradients and losses are then summed.
     """
-    seed = config.seed * config.steps + step  # of its own, so that a run can go on from any step
+    seed = config.seed * config.steps + step  # of its own, so that a run can resume at any step
     torch.manual_seed(seed)
     rank, world = rank_and_world()
     group = optimizer.param_groups[0]
@@ -511,7 +513,7 @@ def training_step(model, optimizer, trajectories, text, step, config):
 
 
 def train(model, trajectories, text, environments, config, header, out, checkpoint=None):
-    """Train and evaluate, or go on from a checkpoint, whose weights the model has -> the last evaluation's scores.
+    """Train and evaluate, from the start or from a checkpoint that the model has loaded -> the last evaluation's scores.
 
     The folder `out` gets log.jsonl and checkpoint.pt; `header`, which describes the run, goes into both.
     """
@@ -543,7 +545,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
                     save(out / "checkpoint.pt", model, header, state)
                 saved_at, saved = time.monotonic(), step
             if stopping:
-                sys.exit(f"stopped after {step} steps; go on with: python lamo.py --resume {out}")
+                sys.exit(f"stopped after {step} steps; resume with: python lamo.py --resume {out}")
             if evaluating:
                 asked = config.targets, config.episodes, config.seed * SEEDS, header["reference"], config.delayed
                 scores = evaluate(model, environments, *asked)
@@ -606,7 +608,7 @@ def load_dataset(name):
     """A MinariDataset by folder or id: from the folder, from where Minari keeps its own, or from the hub."""
     minari_root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     for folder in (Path(name), HERE / name, minari_root / name):
-        if len(list(folder.glob("data/*"))) > 1:  # an interrupted download leaves only metadata.json
+        if len(list(folder.glob("data/*"))) > 1:  # a download that Minari did not finish leaves only metadata.json
             return minari.MinariDataset(folder / "data")
     namespace, _, rest = name.partition("/")
     files = f"{rest}/data/main_data.hdf5", f"{rest}/data/metadata.json"  # the large one first: both of one commit
@@ -615,7 +617,7 @@ def load_dataset(name):
 
 
 def recorded_rewards(dataset, episode):
-    """The rewards (T,) of an episode. Minari's kitchen pays for a subtask in each later step, too; here it pays once."""
+    """The rewards (T,) of an episode. Minari's kitchen rewards a finished subtask in every later step; here, only once."""
     if not dataset.env_spec or dataset.env_spec.kwargs.get("remove_task_when_completed", True):
         return episode.rewards
     achieved, desired = (episode.observations[name] for name in ("achieved_goal", "desired_goal"))
@@ -624,7 +626,7 @@ def recorded_rewards(dataset, episode):
 
 
 def evaluation_spec(dataset, env_id):
-    """The EnvSpec of the environment that a MinariDataset was recorded in; of `env_id` if that cannot be made."""
+    """The EnvSpec of a MinariDataset's environment; if that cannot be made, of `env_id`, except for the kitchen."""
     try:
         spec = dataset.recover_environment(eval_env=True).spec
     except Exception as error:
@@ -639,15 +641,13 @@ def evaluation_spec(dataset, env_id):
 
 # ---------------------------------------------------------------------------- runs
 def build_model(config, arguments, checkpoint=None):
-    """The LaMo of a Config, as it starts or as a checkpoint has it; `arguments` are the rest of LaMo's."""
+    """The LaMo of a Config, freshly built or with a checkpoint's weights; `arguments` are the rest of LaMo's."""
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     with on_error("cannot build the model"):
         if config.lm == "none":
             gpt2 = GPT2(0, 0, config.width, config.layers, config.heads, config.dropout, config.bf16)
         else:
             gpt2 = GPT2.from_pretrained(config.lm, config.dropout, config.bf16)
-            if config.lang_coef > 0 and config.text_block > len(gpt2.wpe.weight):
-                raise InputError(f"--text-block is more than the {len(gpt2.wpe.weight)} positions of --lm {config.lm}")
         gpt2.requires_grad_(config.train_trunk)
         if config.lora_rank > 0:
             gpt2.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -695,9 +695,8 @@ def load(folder, device="cpu"):
 
 
 def configure(given):
-    """Options that were given, by name -> Config. They override the method's preset, which overrides the demo's settings."""
-    if "data" in given:
-        given = {"env": None} | given  # the dataset says it
+    """The Config of the given options, on top of the method's preset, on top of the demo's if `out_of_reach`."""
+    given = ({"env": None} if "data" in given else {}) | given  # a dataset brings its environment
     config = Config(**METHODS[given.get("method", "lamo")] | given)
     named = given.keys() & {"lm", "data", "text", "device", "demo"}  # what is named is never replaced
     why = None if named or rank_and_world()[1] > 1 else out_of_reach(config)  # torchrun's processes could disagree
@@ -746,8 +745,7 @@ def run(config, out=None, checkpoint=None):
         if shapes != (environments.observation_space.shape, environments.action_space.shape):
             raise InputError(f"--data {config.data} has observations and actions of {shapes}, unlike its environment")
     returns, best = trajectories.returns, float(trajectories.returns.max())
-    default = dict.fromkeys((best, best / 2 if best > 0 else 2 * best))  # the best return, and half as good
-    config = replace(config, targets=config.targets or tuple(default))
+    config = replace(config, targets=config.targets or (best, best / 2 if best > 0 else 2 * best))  # half as good
     arguments = {
         "max_timesteps": max(int(trajectories.lengths.max()), environments.spec.max_episode_steps or 0),
         "return_scale": task.return_scale if task else 10.0 ** round(math.log10(max(abs(returns).max(), 1e-3))),
@@ -758,14 +756,20 @@ def run(config, out=None, checkpoint=None):
     text = load_text(config.lm, config.text, config.text_block) if config.lang_coef > 0 else None
     recorded = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
     reference = recorded if None not in recorded else task.reference if task else (0, 100)
-    arrays = trajectories.states, trajectories.actions, trajectories.returns_to_go
+    arrays = [part.cpu().numpy() for part in (trajectories.states, trajectories.actions, trajectories.returns_to_go)]
+    arrays += [text.tokens, text.held_out] if text else []
+    vocabulary, positions = len(model.gpt2.wte.weight), len(model.gpt2.wpe.weight)
+    if text and (config.text_block > positions or max(text.tokens.max(), text.held_out.max()) >= vocabulary):
+        raise InputError(
+            f"--lm {config.lm} has {positions} positions, {vocabulary} tokens; mend --text-block or tokenizer.json"
+        )
     header = {
         "config": asdict(config), "arguments": arguments, "reference": reference,
         "lm_sha256": model.gpt2.sha256, "env_spec": environments.spec.to_json(), "trajectories": len(returns),
-        "data_sha256": hashlib.sha256(b"".join(array.cpu().numpy().tobytes() for array in arrays)).hexdigest(),
+        "data_sha256": hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest(),
         "device": torch.cuda.get_device_name(config.device) if model.state_mean.is_cuda else config.device,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "minari")},
-        "commit": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty 2>{os.devnull}") or None,
+        "commit": subprocess.getoutput(f'git -C "{HERE}" describe --always --dirty 2>{os.devnull}') or None,
     }  # fmt: skip
     total, trained = np.sum([(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()], axis=0)
     chosen = f"{len(returns)} of {dataset.total_episodes} trajectories, {len(trajectories.states)} steps"
@@ -779,7 +783,7 @@ def run(config, out=None, checkpoint=None):
         return profile(model, trajectories, text, environments, config)
     print(f"run     {config.steps:,} steps on {config.device}, into {out} (Ctrl-C stops after a step)", flush=True)
     if checkpoint and checkpoint["header"]["data_sha256"] != header["data_sha256"]:
-        raise InputError(f"--data {config.data} has changed since the run started; start a new one")
+        raise InputError(f"--data {config.data} or --text {config.text} has changed since then; start a new run")
     header["text_loss"] = checkpoint["header"]["text_loss"] if checkpoint else text and text.held_out_loss(model.eval())
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
     if rank_and_world()[0] > 0:
@@ -800,7 +804,7 @@ def main(arguments):
     parser = argparse.ArgumentParser("lamo.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
     for item in fields(Config):
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **item.metadata)
-    parser.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with a stopped run")
+    parser.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="resume a stopped run")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, and stop")
     given = vars(parser.parse_args(arguments))
     profiling = given.pop("profile")
@@ -808,12 +812,12 @@ def main(arguments):
     if "resume" in given:
         out = Path(given.pop("resume"))
         if given.keys() - {"device"}:
-            raise InputError("--resume goes on with the run's own settings; give no other option than --device")
+            raise InputError("--resume uses the run's own settings; give no other option than --device")
         checkpoint = read_checkpoint(out)
         config = Config(**checkpoint["header"]["config"] | given)
     else:
         checkpoint, config = None, configure(given)
-        task = config.env or config.data.strip("/").replace("/", "-")
+        task = config.env or str(config.data).strip("/").replace("/", "-")
         name = f"{task}-{config.method}-{config.ratio:g}-{config.seed}{'-demo' if config.demo else ''}"
         out = Path(config.out or f"runs/{name}")
     rank, world = rank_and_world()
@@ -823,7 +827,7 @@ def main(arguments):
     if profiling:
         return run(config)
     if rank == 0 and not checkpoint:
-        with on_error(f"cannot make the folder {out}; choose another --out, delete it, or go on with --resume {out}"):
+        with on_error(f"cannot make the folder {out}; choose another --out, delete it, or --resume {out}"):
             out.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until training begins
     try:
@@ -832,7 +836,7 @@ def main(arguments):
         if rank == 0 and not checkpoint and not (out / "checkpoint.pt").exists():
             shutil.rmtree(out, ignore_errors=True)  # nothing half-written
         elif isinstance(error, OSError):
-            raise InputError(f"{error}; once that is fixed, go on with --resume {out}") from error
+            raise InputError(f"{error}; once that is fixed, --resume {out}") from error
         raise
 
 

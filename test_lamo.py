@@ -1,9 +1,8 @@
 """Tests of lamo.py and eval.py. Each compares with something independent of what it guards: numbers recorded from the
 authors' code, transformers, a plain loop, one environment at a time.
-
-    python -m pytest -q -k authors     # equal to the authors' code, action for action and step for step
 """
 
+import functools
 import itertools
 import json
 import math
@@ -41,11 +40,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, on w
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
-    """No test sees the user's caches or the network, or leaves a signal handler behind."""
+    """No test sees the user's caches, the network or, unless it names it, a GPU, or leaves a signal handler behind."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(lamo, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: 1 / 0))
     monkeypatch.setattr(lamo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Config, "__init__", functools.partialmethod(Config.__init__, device="cpu"))  # not a GPU
 
 
 # ---------------------------------------------------------------------------- the authors' code
@@ -527,7 +527,7 @@ def test_text_is_cropped_and_held_out(tmp_path, lm_folder):
     assert set(text.batch(500)[:, 0].tolist()) == {0, 1, 2, 3, 4}
     assert Text(tokens[:16], tokens, 16).batch(2).tolist() == [list(range(16))] * 2
     for short in ((tokens[:15], tokens), (tokens, tokens[:15])):
-        with pytest.raises(InputError, match="one block has 16"):
+        with pytest.raises(InputError, match="lower --text-block 16"):
             Text(*short, 16)
 
 
@@ -753,11 +753,11 @@ SHORT = "--demo --ratio 0.1 --steps 4 --batch 4 --text-block 32 --episodes 1 --t
 
 
 def command(script, *arguments, **environment):
-    """A script in a process of its own, without a network."""
-    refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(HERE)}
+    """A script of this folder in a process of its own, without a network or a GPU."""
+    refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *script.split(), *map(str, arguments)],
-        capture_output=True, text=True, env=os.environ | refused | environment, timeout=300,
+        cwd=HERE, capture_output=True, text=True, env=os.environ | refused | environment, timeout=300,
     )  # fmt: skip
 
 
@@ -765,7 +765,7 @@ def command(script, *arguments, **environment):
 def trained(tmp_path_factory, lm_folder):
     """A short run with a language model of our own, through the command line."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    result = command(f"{HERE}/lamo.py", *SHORT.split(), "--lm", lm_folder, "--out", folder)
+    result = command("lamo.py", *SHORT.split(), "--lm", lm_folder, "--out", folder)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -812,9 +812,8 @@ def test_what_is_given_goes_before_the_method_and_that_before_the_demo():
 def test_two_processes_equal_one(tmp_path, lm_folder):
     """Gradients of half a batch each add up to those of one: with windows that end early, text, and shared episodes."""
     options = f"{SHORT} --context 100 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
-    double = f"-m torch.distributed.run --standalone --nproc-per-node 2 {HERE}/lamo.py"
-    for script, out in (f"{HERE}/lamo.py", "one"), (double, "two"):
-        result = command(script, *options.split(), tmp_path / out, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    for script, out in ("lamo.py", "one"), ("-m torch.distributed.run --standalone --nproc-per-node 2 lamo.py", "two"):
+        result = command(script, *options.split(), tmp_path / out, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("DEMO ASSETS") == 2  # one process speaks
     one, two = (lamo.read_checkpoint(tmp_path / out)["weights"] for out in ("one", "two"))
@@ -865,7 +864,7 @@ def test_a_signal_lets_the_step_finish_and_a_second_one_does_not(tmp_path, monke
     monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(lamo, "evaluate", lambda *_: handlers[signal.SIGTERM](signal.SIGTERM, None) or {})
     monkeypatch.setattr(lamo, "format_scores", lambda *_: "")
-    with pytest.raises(SystemExit, match="stopped after 4 steps; go on with: python lamo.py --resume"):
+    with pytest.raises(SystemExit, match="stopped after 4 steps; resume with: python lamo.py --resume"):
         lamo.train(*run)
     assert lamo.read_checkpoint(tmp_path / "run")["step"] == 4
     with pytest.raises(SystemExit, match="1"):

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import zlib
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import gymnasium as gym
@@ -33,6 +33,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -40,12 +41,14 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
 import eval as evaluation
 import lamo
 from lamo import GPT2, Config, InputError, Trajectories
-from results import plot
+from results import plot, timing
 from test_lamo import HERE, HOPPER, SHORT, WORDS, command, hopper_run, read_log, read_scores, save_dataset
 
 pytest_plugins = "test_lamo"  # for its fixtures
@@ -63,6 +66,24 @@ def test_profile_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
         whole = parts.pop("whole step")
         assert 0.5 * whole < sum(parts.values()) < 2 * whole
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_profile_counts_the_products_of_all_logits_too(frozen):
+    gpt2 = GPT2(50, 16, 8, 1, 2, dropout=0.0).requires_grad_(not frozen)
+    gpt2.add_lora(4, 8, 0.0)
+    gpt2.wte.weight.requires_grad_(not frozen)
+    model = lamo.LaMo(gpt2, "mlp", 5, 10, 1.0, [[0.0], [1.0]], [[-1.0], [1.0]])
+    tokens = torch.randint(50, (3, 16))
+
+    def plain():
+        logits = gpt2.hidden(tokens)[:, :-1] @ gpt2.wte.weight.T
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        plain()
+    counted = timing.count_flops(lambda: model.language_loss(tokens).backward(), gpt2.wte.weight, 3 * 15)
+    assert counted == counter.get_total_flops()
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):
@@ -100,7 +121,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):
         time.sleep(moment)
         process.send_signal(signal.SIGTERM if number % 4 == 1 else signal.SIGKILL)
         message = process.communicate()[1]
-        assert process.returncode in (0, -9, -15) or "go on with: python lamo.py --resume run" in message
+        assert process.returncode in (0, -9, -15) or "resume with: python lamo.py --resume run" in message
         if number % 2:  # and once more, soon after it has gone on
             process = start(folder, "--resume", "run")
             time.sleep(2 + moment / 2)
@@ -144,7 +165,7 @@ def test_demo_datasets_are_whole(name):
 def test_demo_data_can_be_made_anew(name, steps, tmp_path):
     if name == "hopper":
         pytest.importorskip("stable_baselines3", reason="pip install -r demo/requirements.txt")
-    result = command(f"{HERE}/demo/make.py", "--only", name, "--steps", steps, "--out", tmp_path)
+    result = command("demo/make.py", "--only", name, "--steps", steps, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     data = tmp_path / "lamo" / name / "demo-v0"
     lamo.main(f"{SHORT} --ratio 1 --method dt --env {name} --data {data} --out {tmp_path / 'run'}".split())
@@ -196,12 +217,12 @@ def test_everything_comes_from_the_hub_and_stays_in_the_caches(tmp_path, lm_fold
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "hub")}
     options = "--device cpu --steps 1 --episodes 1 --ratio 0.05 --text-block 32 --targets 800 --out".split()
     for Hub.fault, words in ((503, "503"), (403, "403"), ("cut", "without sending complete message body"), (None, "")):
-        result = command(f"{HERE}/lamo.py", *options, tmp_path / "run", **hub)
+        result = command("lamo.py", *options, tmp_path / "run", **hub)
         assert words in result.stderr and (result.returncode == 2) == bool(words), result.stderr
         assert result.stderr.count("Traceback") == 0
     server.shutdown()
     assert read_scores(tmp_path / "run")["dataset"] == "mujoco/hopper/medium-v0"
-    result = command(f"{HERE}/lamo.py", *options, tmp_path / "again", **hub)
+    result = command("lamo.py", *options, tmp_path / "again", **hub)
     assert result.returncode == 0 and "Retrying" not in result.stderr, result.stderr
     assert read_scores(tmp_path / "again") == read_scores(tmp_path / "run")
 
@@ -220,6 +241,7 @@ def bad(tmp_path_factory, lm_folder, trained):
     settings = {
         "bert": {"model_type": "bert"}, "relu": {"activation_function": "relu"}, "wide": {"n_embd": 64},
         "unscaled": {"scale_attn_weights": False}, "by-layer": {"scale_attn_by_inverse_layer_idx": True},
+        "untied": {"tie_word_embeddings": False}, "few-words": {"vocab_size": 100},
     }  # fmt: skip
     for name in (*settings, "cut-weights", "lacking-weights", "pickled-weights"):
         shutil.copytree(lm_folder, folder / name)
@@ -230,6 +252,9 @@ def bad(tmp_path_factory, lm_folder, trained):
     tensors = load_file(folder / "lacking-weights" / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]
     save_file(tensors, folder / "lacking-weights" / "model.safetensors")
+    words = load_file(folder / "few-words" / "model.safetensors")
+    words["transformer.wte.weight"] = words["transformer.wte.weight"][:100]
+    save_file(words, folder / "few-words" / "model.safetensors")
     (folder / "pickled-weights" / "model.safetensors").rename(folder / "pickled-weights" / "pytorch_model.bin")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -308,7 +333,8 @@ BAD_INPUT = {
         --lm {bad}/folder: config.json|--lm {bad}/no-json: --lm|--lm {bad}/no-tokenizer: tokenizer.json|--lm {bad}/bert: model_type
         --lm {bad}/relu: activation_function|--lm {bad}/unscaled: scale_attn_weights|--lm {bad}/by-layer: inverse_layer_idx
         --lm {bad}/wide: model.safetensors|--lm {bad}/cut-weights: delete it and fetch it again|--lm {bad}/lacking-weights: h.1.mlp.c_fc.weight
-        --lm {bad}/pickled-weights: model.safetensors
+        --lm {bad}/pickled-weights: model.safetensors|--lm {bad}/untied: tie_word_embeddings
+        --lm {bad}/few-words: 100 tokens|--data=: cannot use the dataset
         --text {bad}/short.txt: --text-block|--text {bad}/empty.txt: 0 tokens|--text {bad}/binary.txt: UTF-8
         --text {bad}/missing.txt: missing.txt|--text {bad}/folder: folder|--out {bad}: --out|--out {bad}/short.txt/run: --out
     """,
@@ -421,7 +447,7 @@ def test_demo_model_equals_transformers_and_knows_english():
 
 def test_eval_command_and_video(trained, tmp_path):
     folder, _ = trained
-    result = command(f"{HERE}/eval.py", folder, "--targets", 1500, "--video", tmp_path / "out.gif")
+    result = command("eval.py", folder, "--targets", 1500, "--video", tmp_path / "out.gif")
     if "cannot render" in result.stderr:
         pytest.skip("this machine has no OpenGL")
     assert result.returncode == 0, result.stderr
@@ -524,6 +550,15 @@ def test_plot_draws_runs_by_task_and_method(trained, tmp_path, monkeypatch, caps
         assert len(image.convert("RGB").getcolors(10**6)) > 100
 
 
+def test_plot_tells_datasets_apart_but_not_seeds():
+    base = asdict(Config())
+    changes = {"data": "medium"}, {"data": "expert"}, {"data": "demo/medium", "demo": "demo"}
+    labels = plot.label_runs([base | change for change in changes])
+    assert labels == [("medium 100%", "lamo"), ("expert 100%", "lamo"), ("hopper 100% (demo)", "lamo")]
+    seeds = [base | {"env": None, "data": "ant", "seed": seed, "targets": [10 * seed, 5 * seed]} for seed in (1, 2)]
+    assert plot.label_runs(seeds) == [("ant 100%", "lamo")] * 2
+
+
 def test_a_run_stopped_before_its_first_step_leaves_nothing(tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
@@ -554,6 +589,26 @@ def test_a_resumed_run_that_fails_keeps_its_folder(trained, tmp_path, monkeypatc
     with pytest.raises(InputError, match="the checkpoint is gone"):
         lamo.main(["--resume", str(out)])
     assert (out / "log.jsonl").exists()
+
+
+def test_a_run_whose_data_or_text_has_changed_is_not_resumed(tmp_path, lm_folder):
+    data, text, out = shutil.copytree(HOPPER.parent, tmp_path / "data"), tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(20 * WORDS)
+    lamo.main(f"{SHORT} --data {data} --text {text} --lm {lm_folder} --out {out}".split())
+    lamo.main(["--resume", str(out)])
+    before = (out / "checkpoint.pt").read_bytes()
+    text.write_text(20 * WORDS + "the end")
+    lamo.load_text.cache_clear()
+    with pytest.raises(InputError, match="text.txt has changed"):
+        lamo.main(["--resume", str(out)])
+    text.write_text(20 * WORDS)
+    lamo.load_text.cache_clear()
+    with h5py.File(data / "data" / "main_data.hdf5", "a") as file:
+        for episode in file.values():
+            episode["actions"][0] = 0
+    with pytest.raises(InputError, match="--data .* has changed"):
+        lamo.main(["--resume", str(out)])
+    assert (out / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
@@ -632,7 +687,7 @@ def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
         ("eval.py", tmp_path),
         ("eval.py", tmp_path, "--seed=-1"),
     ):
-        result = command(f"{HERE}/{script}", *arguments)
+        result = command(script, *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert result.stderr.startswith(f"{script}: error: ")
 
@@ -641,7 +696,7 @@ def test_runs_never_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lamo.main(f"{SHORT} --method dt".split())
     before = (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text()
-    with pytest.raises(InputError, match="delete it, or go on with --resume runs/hopper-dt-0.1-0-demo"):
+    with pytest.raises(InputError, match="delete it, or --resume runs/hopper-dt-0.1-0-demo"):
         lamo.main(f"{SHORT} --method dt".split())
     assert (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text() == before
 

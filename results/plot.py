@@ -34,9 +34,9 @@ def iqm(scores):
 
 
 def interval(tasks, statistic=iqm):
-    """Scores (seeds,) of one or several tasks -> a statistic of all of them, and the bounds that hold it with 95 % confidence.
+    """Scores (seeds,) of one or several tasks -> a statistic of all of them, and the bounds of its 95 % confidence interval.
 
-    From 10,000 stratified bootstrap samples, which draw as many seeds from each task as it has (Agarwal et al. 2021, section 4).
+    From 10,000 stratified bootstrap samples, each with as many seeds of a task as it has (Agarwal et al. 2021, section 4).
     """
     rng = np.random.default_rng(0)
     samples = np.concatenate([rng.choice(scores, (10_000, len(scores))) for scores in tasks], axis=1)
@@ -62,13 +62,22 @@ def read_run(folder):
 
 
 def label_runs(configs):
-    """A task and a label for each run; the label is its method, and the settings in which its runs on this task differ."""
+    """A task and a label for each run; the label is its method, and the settings in which its runs on this task differ.
+
+    A task has the name of its environment, or of its dataset where the runs have several for that environment, or none.
+    """
     task_settings = "env", "data", "ratio", "delayed"
-    apart = {"method", "seed", "out", "device", "demo", *task_settings}
+    datasets = defaultdict(set)  # of each environment
+    for config in configs:
+        datasets[config["env"], bool(config["demo"])].add(config["data"])
     labels = []
     for config in configs:
-        task = f"{config['env'] or config['data']} {100 * config['ratio']:g}%" + " delayed" * config["delayed"]
-        task += " (demo)" * bool(config["demo"])
+        demo = bool(config["demo"])
+        name = config["env"] if config["env"] and len(datasets[config["env"], demo]) == 1 else config["data"]
+        task = f"{name} {100 * config['ratio']:g}%" + " delayed" * config["delayed"] + " (demo)" * demo
+        apart = {"method", "seed", "out", "device", "demo", *task_settings}
+        if not config["env"]:
+            apart.add("targets")  # which then are from the trajectories that the seed drew
         alike = [other for other in configs if all(other[name] == config[name] for name in ("method", *task_settings))]
         differ = [name for name in config if name not in apart and any(other[name] != config[name] for other in alike)]
         labels.append((task, ", ".join([config["method"], *(f"{name} {config[name]}" for name in differ)])))

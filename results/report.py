@@ -29,7 +29,7 @@ COMPARISONS = {  # methods and tasks, by picture
 
 
 def read_table():
-    """The rows of runs.csv that are not tuning, by task and method, in the order of SEEDS; only where all of them have run."""
+    """Rows of runs.csv that are not tuning, by task and method, in the order of SEEDS; only where all of them have run."""
     groups = defaultdict(dict)
     for (task, method, _, seed), row in finished().items():
         groups[task, method][seed] = row

@@ -6,10 +6,19 @@ import timeit
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lamo
 from eval import ALIVE
+
+
+def count_flops(function, vocabulary, tokens):
+    """Floating-point operations of the matrix products in a function, which predicts `tokens` tokens of text."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # not every other kernel is counted
+        function()
+    products = 2 + vocabulary.requires_grad  # hidden in F.linear_cross_entropy: forward, and backward to what needs it
+    return counter.get_total_flops() + 2 * products * tokens * vocabulary.numel()
 
 
 def profile(model, trajectories, text, environments, config):
@@ -28,13 +37,12 @@ def profile(model, trajectories, text, environments, config):
         parts["sampling"] += seconds(lambda: text.batch(config.text_batch).to(config.device))
         parts["text"] = seconds(lambda: model.language_loss(crops).backward())
     parts["optimiser"] = seconds(optimizer.step)
-    parts["whole step"] = whole = seconds(lambda: lamo.training_step(model, optimizer, trajectories, text, 0, config))
+    step = lambda: lamo.training_step(model, optimizer, trajectories, text, 0, config)
+    parts["whole step"] = whole = seconds(step)
     for name, part in parts.items():
         print(f"{name:12} {1000 * part:10.2f} ms {part / whole:7.1%}")
 
-    with FlopCounterMode(display=False) as counter:  # of matrix products
-        lamo.training_step(model, optimizer, trajectories, text, 0, config)
-    speed = counter.get_total_flops() / whole / 1e9
+    speed = count_flops(step, model.gpt2.wte.weight, crops[:, 1:].numel() if text else 0) / whole / 1e9
     matrix = torch.rand(4096, 4096, device=config.device, dtype=torch.bfloat16 if config.bf16 else torch.float32)
     peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
     print(f"speed        {speed:10,.0f} GFLOP/s, {speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
