@@ -71,7 +71,7 @@ def write_table(table, tasks, methods):
 def draw(table, tasks, methods, path):
     """A panel for all tasks and one for each, a row for each method; dots are seeds, the first method is shaded."""
     groups = [tasks, *([task] for task in tasks)]
-    columns = min(4, len(groups))
+    columns = min(3 if len(groups) % 4 == 1 else 4, len(groups))  # no line of a single panel
     lines = math.ceil(len(groups) / columns)
     size = 1 + 2.5 * columns, lines * (0.9 + 0.27 * len(methods))
     how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
