@@ -442,9 +442,7 @@ class Text:
 
     def __init__(self, tokens, held_out, block):
         if min(len(tokens), len(held_out)) < block:
-            raise InputError(
-                f"lower --text-block {block}: the text has {len(tokens)} tokens, and {len(held_out)} held out"
-            )
+            raise InputError(f"lower --text-block {block}: {len(tokens)} tokens of text, {len(held_out)} held out")
         self.tokens, self.held_out, self.block = tokens, held_out, block
 
     def batch(self, size):
@@ -745,7 +743,7 @@ def run(config, out=None, checkpoint=None):
         if shapes != (environments.observation_space.shape, environments.action_space.shape):
             raise InputError(f"--data {config.data} has observations and actions of {shapes}, unlike its environment")
     returns, best = trajectories.returns, float(trajectories.returns.max())
-    config = replace(config, targets=config.targets or (best, best / 2 if best > 0 else 2 * best))  # half as good
+    config = replace(config, targets=config.targets or tuple(dict.fromkeys((best, best / 2 if best > 0 else 2 * best))))
     arguments = {
         "max_timesteps": max(int(trajectories.lengths.max()), environments.spec.max_episode_steps or 0),
         "return_scale": task.return_scale if task else 10.0 ** round(math.log10(max(abs(returns).max(), 1e-3))),
@@ -760,9 +758,7 @@ def run(config, out=None, checkpoint=None):
     arrays += [text.tokens, text.held_out] if text else []
     vocabulary, positions = len(model.gpt2.wte.weight), len(model.gpt2.wpe.weight)
     if text and (config.text_block > positions or max(text.tokens.max(), text.held_out.max()) >= vocabulary):
-        raise InputError(
-            f"--lm {config.lm} has {positions} positions, {vocabulary} tokens; mend --text-block or tokenizer.json"
-        )
+        raise InputError(f"--lm {config.lm}: {positions} positions, {vocabulary} tokens; mend --text-block, tokenizer")
     header = {
         "config": asdict(config), "arguments": arguments, "reference": reference,
         "lm_sha256": model.gpt2.sha256, "env_spec": environments.spec.to_json(), "trajectories": len(returns),
