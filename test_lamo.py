@@ -2,29 +2,42 @@
 authors' code, transformers, a plain loop, one environment at a time.
 """
 
-import functools
+import contextlib
+import http.server
+import io
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
+import h5py
 import minari
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
-from safetensors.torch import save_file
+from PIL import Image
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2TokenizerFast
 
 import eval as evaluation
@@ -35,17 +48,23 @@ from lamo import GPT2, Config, InputError, LaMo, LoRALinear, Text, Trajectories
 HERE = Path(__file__).resolve().parent
 AUTHORS = np.load(HERE / "results" / "authors.npz")
 HISTORY = "returns_to_go", "states", "actions", "timesteps"
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, on what our datasets leave unsaid
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # Minari's, on what our datasets leave unsaid
 
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
-    """No test sees the user's caches, the network or, unless it names it, a GPU, or leaves a signal handler behind."""
+    """No test sees the user's caches or the network, or leaves a signal handler behind."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(lamo, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: 1 / 0))
+    monkeypatch.setattr(lamo, "hub_is_reachable", lambda: False)
     monkeypatch.setattr(lamo.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(Config, "__init__", functools.partialmethod(Config.__init__, device="cpu"))  # not a GPU
+
+
+def cpu_config(**changes):
+    """A Config for the CPU, also on a machine with a GPU."""
+    return Config(device="cpu", **changes)
 
 
 # ---------------------------------------------------------------------------- the authors' code
@@ -59,7 +78,9 @@ def authors_lm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("authors")
     shape = {"vocab_size": 48, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
-    weights = {name.removeprefix("lm/"): recorded(name) for name in AUTHORS.files if name.startswith("lm/")}
+    weights = {
+        name.removeprefix("lm/"): recorded(name) for name in AUTHORS.files if name.startswith("lm/")
+    }
     save_file(weights, folder / "model.safetensors")
     return folder
 
@@ -69,20 +90,28 @@ def authors_lamo(authors_lm):
     """The authors' tiny LaMo: ours with their weights. Dropout is 0, as where they recorded training steps."""
     gpt2 = GPT2.from_pretrained(authors_lm, dropout=0.0)
     gpt2.add_lora(rank=16, alpha=32, dropout=0.0)
-    states = [AUTHORS["state_mean"], AUTHORS["state_std"]]
-    model = LaMo(gpt2, "mlp", 6, 20, 1000.0, torch.tensor(np.array(states)), [[-1.0, -1.0], [1.0, 1.0]])
-    theirs = {name.removeprefix("lamo/"): recorded(name) for name in AUTHORS.files if name.startswith("lamo/")}
+    states = AUTHORS["state_mean"].tolist(), AUTHORS["state_std"].tolist()
+    model = LaMo(gpt2, "mlp", 6, 20, 1000.0, *states, [-1.0, -1.0], [1.0, 1.0])
+    theirs = {
+        name.removeprefix("lamo/"): recorded(name)
+        for name in AUTHORS.files
+        if name.startswith("lamo/")
+    }
     ours = {}
     for name, weight in theirs.items():
         if "lora_" in name:  # rows of q, then of k, then of v
             weight = weight.view(3, 16, 16)
         name = name.replace("lora_", "").replace("predict_action.fc1", "action_head.0")
-        name = name.replace("predict_action.fc2", "action_head.2").replace("fc1", "input").replace("fc2", "residual")
-        ours[f"gpt2.{name}" if name.startswith("h.") else name] = weight
+        name = (
+            name.replace("predict_action.fc2", "action_head.2")
+            .replace("fc1", "input")
+            .replace("fc2", "residual")
+        )
+        ours[f"trunk.{name}" if name.startswith("h.") else name] = weight
     absent, unexpected = model.load_state_dict(ours, strict=False)
     buffers = {"return_scale", "state_mean", "state_std", "action_center", "action_radius"}
-    assert not unexpected and all(name.startswith("gpt2.") or name in buffers for name in absent)
-    model.gpt2.wpe.weight.data.zero_()  # the authors take the language loss without positions
+    assert not unexpected and all(name.startswith("trunk.") or name in buffers for name in absent)
+    model.trunk.wpe.weight.data.zero_()  # the authors take the language loss without positions
     return model
 
 
@@ -91,12 +120,13 @@ def authors_windows(model, where):
     states = recorded(f"{where}/states_normalised").double()
     states = states * recorded("state_std").double() + recorded("state_mean").double()
     dtype = model.state_mean.dtype
+    real = torch.arange(6) < recorded(f"{where}/length").unsqueeze(1)
     return {
         "states": states.to(dtype),
         "actions": recorded(f"{where}/actions").to(dtype),
         "returns_to_go": (recorded(f"{where}/returns_to_go_scaled").double() * 1000).to(dtype),
         "timesteps": recorded(f"{where}/timesteps"),
-        "mask": torch.arange(6) < recorded(f"{where}/length").unsqueeze(1),
+        "weight": real.to(dtype) / real.sum(),
     }
 
 
@@ -105,51 +135,81 @@ def test_predictions_and_losses_equal_the_authors(authors_lamo):
     batch = authors_windows(model, "batch")
     with torch.no_grad():
         predicted = model.predict(*(batch[name] for name in HISTORY))
-        real = batch["mask"]
-        torch.testing.assert_close(predicted[real], recorded("batch/predicted")[real], atol=2e-6, rtol=0)
-        assert model.action_loss(batch).item() == pytest.approx(AUTHORS["batch/action_loss"].item(), abs=1e-6)
-        language_loss = model.language_loss(recorded("text")[:2])
-        assert language_loss.item() == pytest.approx(AUTHORS["text/loss_without_positions"].item(), abs=1e-6)
+        real = batch["weight"] > 0
+        torch.testing.assert_close(
+            predicted[real], recorded("batch/predicted")[real], atol=2e-6, rtol=0
+        )
+        assert model.action_loss(batch).item() == pytest.approx(
+            AUTHORS["batch/action_loss"].item(), abs=1e-6
+        )
+        language_loss = model.trunk.language_loss(recorded("text")[:2])
+        assert language_loss.item() == pytest.approx(
+            AUTHORS["text/loss_without_positions"].item(), abs=1e-6
+        )
 
 
 def test_actions_equal_the_authors_after_each_step(authors_lamo):
     model = authors_lamo.eval()
     for t in range(1, 10):
         first = max(0, t - 6)
-        history = [torch.zeros(6), torch.zeros(6, 3), torch.zeros(6, 2), torch.zeros(6, dtype=torch.long)]
+        history = [
+            torch.zeros(6),
+            torch.zeros(6, 3),
+            torch.zeros(6, 2),
+            torch.zeros(6, dtype=torch.long),
+        ]
         history[0][: t - first] = recorded("history/returns_to_go_scaled")[first:t] * 1000
         history[1][: t - first] = recorded("history/states")[first:t]
         history[2][: t - first] = recorded("history/actions")[first:t]
         history[3][: t - first] = torch.arange(first, t)
         action = model.act(*(part.unsqueeze(0) for part in history), torch.tensor([t - first]))[0]
-        np.testing.assert_allclose(action, AUTHORS["history/action_after_t_steps"][t - 1], atol=2e-6, rtol=0)
+        np.testing.assert_allclose(
+            action, AUTHORS["history/action_after_t_steps"][t - 1], atol=2e-6, rtol=0
+        )
 
 
-def test_training_steps_equal_the_authors_in_float64(authors_lamo):
-    model = authors_lamo.double().train()
-    config = replace(Config(), lr=0.01, warmup=2, steps=4, weight_decay=1e-5, grad_clip=0.25, lang_coef=0.1)
-    optimizer = lamo.make_optimizer(model, config)
-    for step in range(4):
-        trajectories = SimpleNamespace(batch=lambda size, context, step=step: authors_windows(model, f"step{step}"))
-        text = SimpleNamespace(batch=lambda size, step=step: recorded("text")[2 * step : 2 * step + 2])
-        values = lamo.training_step(model, optimizer, trajectories, text, step, config)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(AUTHORS["training/lr"][step])
-        loss = values["action_loss"] + 0.1 * values["language_loss"]
-        assert loss == pytest.approx(AUTHORS["training/loss_action_plus_0.1_language"][step], abs=1e-12)
+def test_training_steps_equal_the_authors_in_float64(authors_lamo, tmp_path, monkeypatch):
+    monkeypatch.setattr(lamo, "LOG_EVERY", 1)
+    monkeypatch.setattr(lamo, "evaluate", lambda *_: {"1": {"return_mean": 0.0}})
+    monkeypatch.setattr(lamo, "format_scores", lambda *_: "")
+    model = authors_lamo.double()
+    windows = iter([authors_windows(model, f"step{step}") for step in range(4)])
+    text = iter(recorded("text").split(2))
+    config = cpu_config(
+        lr=0.01, warmup=2, steps=4, weight_decay=1e-5, grad_clip=0.25, lang_coef=0.1
+    )
+    lamo.train(
+        model, SimpleNamespace(batch=lambda *_: next(windows)),
+        SimpleNamespace(batch=lambda *_: next(text)), None, config, HEADER, tmp_path,
+    )  # fmt: skip
+    _, *lines, _ = read_log(tmp_path)
+    for step, line in enumerate(lines):
+        assert line["lr"] == pytest.approx(AUTHORS["training/lr"][step])
+        loss = line["action_loss"] + 0.1 * line["language_loss"]
+        expected = AUTHORS["training/loss_action_plus_0.1_language"][step]
+        assert loss == pytest.approx(expected, abs=1e-12)
     trained = {
         "embed_state.fc1.weight": model.embed_state.input.weight,
         "predict_action.fc2.bias": model.action_head[2].bias,
-        "h.1.attn.c_attn.lora_B": model.gpt2.h[1].attn.c_attn.B.flatten(0, 1),
-        "h.0.attn.c_attn.bias": model.gpt2.h[0].attn.c_attn.bias,
+        "h.1.attn.c_attn.lora_B": model.trunk.h[1].attn.c_attn.B.flatten(0, 1),
+        "h.0.attn.c_attn.bias": model.trunk.h[0].attn.c_attn.bias,
         "embed_ln.weight": model.embed_ln.weight,
     }
     for name, weight in trained.items():
-        np.testing.assert_allclose(weight.detach(), AUTHORS[f"trained/{name}"], atol=1e-11, rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            weight.detach(), AUTHORS[f"trained/{name}"], atol=1e-11, rtol=0, err_msg=name
+        )
 
 
 # ---------------------------------------------------------------------------- GPT-2
 def tiny_config(**changes):
-    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    dropouts = {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
     return GPT2Config(**dropouts | shape | changes)
 
@@ -171,7 +231,9 @@ def lm_folder(tmp_path_factory):
     """A GPT-2 with saved weights and a tokenizer, in the Hugging Face layout."""
     folder = tmp_path_factory.mktemp("gpt2")
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([WORDS], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(
+        [WORDS], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     bpe.save_model(str(folder))
     GPT2TokenizerFast.from_pretrained(folder).save_pretrained(folder)
     shaken(GPT2LMHeadModel(tiny_config(initializer_range=0.3))).save_pretrained(folder)
@@ -180,10 +242,13 @@ def lm_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("bf16, least, most", [(False, 0, 1e-4), (True, 0.01, 1)])
 def test_logits_equal_transformers(bf16, least, most, lm_folder):
-    theirs, ours = GPT2LMHeadModel.from_pretrained(lm_folder).eval(), GPT2.from_pretrained(lm_folder, bf16=bf16).eval()
+    theirs, ours = (
+        GPT2LMHeadModel.from_pretrained(lm_folder).eval(),
+        GPT2.from_pretrained(lm_folder, bf16=bf16).eval(),
+    )
     tokens = torch.randint(300, (3, 64))
     with torch.no_grad():
-        expected, logits = theirs(tokens).logits, ours.hidden(tokens) @ ours.wte.weight.T
+        expected, logits = theirs(tokens).logits, ours.logits(tokens)
         torch.testing.assert_close(logits, expected, atol=most, rtol=0)
     assert (logits - expected).abs().max() >= least and expected.std() > 0.5 and ours.drop.p == 0.1
 
@@ -193,19 +258,22 @@ def test_random_weights_start_as_transformers_do():
     for name, parameter in ours.named_parameters():
         reference = theirs.get_parameter(name)
         assert parameter.mean().item() == pytest.approx(reference.mean().item(), abs=0.001), name
-        assert parameter.std().item() == pytest.approx(reference.std().item(), rel=0.1, abs=1e-6), name
+        assert parameter.std().item() == pytest.approx(reference.std().item(), rel=0.1, abs=1e-6), (
+            name
+        )
 
 
 def test_language_loss_equals_transformers(lm_folder):
     theirs = GPT2LMHeadModel.from_pretrained(lm_folder).eval()
-    model = LaMo(GPT2.from_pretrained(lm_folder), "mlp", 5, 10, 1.0, [[0.0], [1.0]], [[-1.0], [1.0]]).eval()
-    tokens = torch.randint(300, (20, 50))  # several chunks
-    expected = theirs(tokens, labels=tokens).loss
-    torch.testing.assert_close(model.language_loss(tokens), expected, atol=1e-5, rtol=1e-5)
+    trunk, tokens = GPT2.from_pretrained(lm_folder).eval(), torch.randint(300, (20, 50))
+    expected, loss = theirs(tokens, labels=tokens).loss, trunk.language_loss(tokens)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     expected.backward()
-    model.language_loss(tokens).backward()
-    ours = model.gpt2.h[1].mlp.c_fc.weight.grad
-    torch.testing.assert_close(ours, theirs.transformer.h[1].mlp.c_fc.weight.grad.T, atol=1e-5, rtol=1e-4)
+    loss.backward()
+    ours = trunk.h[1].mlp.c_fc.weight.grad
+    torch.testing.assert_close(
+        ours, theirs.transformer.h[1].mlp.c_fc.weight.grad.T, atol=1e-5, rtol=1e-4
+    )
 
 
 # ---------------------------------------------------------------------------- LoRA
@@ -216,14 +284,17 @@ def test_lora_follows_the_formula_and_starts_as_the_original():
     assert torch.equal(lora(x), linear(x))
     torch.nn.init.normal_(lora.B)
     with torch.no_grad():
-        parts = [2.0 * x @ A.T @ B.T for A, B in zip(lora.A, lora.B)]  # alpha / r = 2; a pair each for q, k and v
+        parts = [
+            2.0 * x @ A.T @ B.T for A, B in zip(lora.A, lora.B)
+        ]  # alpha / r = 2; a pair each for q, k and v
         expected = linear(x) + torch.cat(parts, dim=-1)
         torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(lora.eval()(x), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(lora.train()(x[0]), expected[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(lora.eval()(x[0]), expected[0], atol=1e-5, rtol=0)
     lora = LoRALinear(torch.nn.Linear(400, 1200), rank=16, alpha=8, dropout=0.0)
     assert lora.A.shape == (3, 16, 400) and lora.B.shape == (3, 400, 16) and not lora.B.any()
-    bound = math.sqrt(1 / 400)  # Kaiming-uniform with a = sqrt(5), as torch.nn.Linear and loralib start
+    bound = math.sqrt(
+        1 / 400
+    )  # Kaiming-uniform with a = sqrt(5), as torch.nn.Linear and loralib start
     assert 0.99 * bound < lora.A.abs().max() <= bound
     assert lora.A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
@@ -233,7 +304,9 @@ def test_trainable_share_of_gpt2_small():
         gpt2 = GPT2()
         assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808  # as published
         gpt2.add_lora(16, 32.0, 0.1)
-    assert sum(p.numel() for p in gpt2.parameters() if p.requires_grad) == 12 * (3 * 16 * (768 + 768) + 3 * 768)
+    assert sum(p.numel() for p in gpt2.parameters() if p.requires_grad) == 12 * (
+        3 * 16 * (768 + 768) + 3 * 768
+    )
     assert gpt2.drop.p == gpt2.h[0].mlp.dropout.p == 0.1
 
 
@@ -242,12 +315,15 @@ BOUNDS = [[-1.0, -2.0], [1.0, 4.0]]
 DROPOUT = {"dropout": 0.3, "lora_dropout": 0.2}
 
 
-def tiny_lamo(embed="mlp", lora=True, S=3, bounds=BOUNDS, max_timesteps=100, dropout=0.0, lora_dropout=0.0):
+def tiny_lamo(
+    embed="mlp", lora=True, S=3, bounds=BOUNDS, max_timesteps=100, dropout=0.0, lora_dropout=0.0
+):
     torch.manual_seed(0)
     gpt2 = GPT2(300, 64, 32, 2, 4, dropout)
     if lora:
         gpt2.add_lora(4, 12.0, lora_dropout)
-    model = LaMo(gpt2, embed, 5, max_timesteps, 10.0, [torch.randn(S).tolist(), (torch.rand(S) + 0.5).tolist()], bounds)
+    states = torch.randn(S).tolist(), (torch.rand(S) + 0.5).tolist()
+    model = LaMo(gpt2, embed, 5, max_timesteps, 10.0, *states, *bounds)
     return shaken(model, 0.2)
 
 
@@ -259,13 +335,19 @@ class Reference(torch.nn.Module):
         dropouts = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
         self.lamo, self.lora_dropout = lamo, lora_dropout
         self.gpt2 = GPT2Model(tiny_config(**dropouts, attn_implementation="eager"))
-        weights = {name: weight for name, weight in lamo.gpt2.state_dict().items() if not name.endswith((".A", ".B"))}
+        weights = {
+            name: weight
+            for name, weight in lamo.trunk.state_dict().items()
+            if not name.endswith((".A", ".B"))
+        }
         for name, weight in weights.items():
             weights[name] = weight.T if ("c_" in name and weight.dim() == 2) else weight
         self.gpt2.load_state_dict(weights)
         self.gpt2.wpe.weight.data.zero_()  # the timestep embedding tells the time
-        for ours, theirs in zip(lamo.gpt2.h, self.gpt2.h):
-            theirs.attn.c_attn.register_forward_hook(lambda _, x, y, lora=ours.attn.c_attn: self.adapt(lora, x[0], y))
+        for ours, theirs in zip(lamo.trunk.h, self.gpt2.h):
+            theirs.attn.c_attn.register_forward_hook(
+                lambda _, x, y, lora=ours.attn.c_attn: self.adapt(lora, x[0], y)
+            )
 
     def adapt(self, lora, x, y):
         if not isinstance(lora, LoRALinear):
@@ -285,8 +367,14 @@ class Reference(torch.nn.Module):
         lamo, tokens = self.lamo, []
         low, high = torch.tensor(BOUNDS)
         for R, s, a, t in zip(returns_to_go, states, actions, timesteps):
-            inputs = R.view(1) / 10.0, (s - lamo.state_mean) / lamo.state_std, 2 * (a - low) / (high - low) - 1
-            for embedder, x in zip((lamo.embed_return, lamo.embed_state, lamo.embed_action), inputs):
+            inputs = (
+                R.view(1) / 10.0,
+                (s - lamo.state_mean) / lamo.state_std,
+                2 * (a - low) / (high - low) - 1,
+            )
+            for embedder, x in zip(
+                (lamo.embed_return, lamo.embed_state, lamo.embed_action), inputs
+            ):
                 token = self.mlp(embedder, x)
                 token = (token - token.mean()) / torch.sqrt(token.var(correction=0) + 1e-5)
                 token = token * lamo.embed_ln.weight + lamo.embed_ln.bias
@@ -307,7 +395,7 @@ class Reference(torch.nn.Module):
         """Over the real steps of a batch, one by one."""
         low, high = torch.tensor(BOUNDS)
         errors = []
-        for b, length in enumerate(batch["mask"].sum(dim=1).tolist()):
+        for b, length in enumerate((batch["weight"] > 0).sum(dim=1).tolist()):
             predicted = self(*(batch[name][b, :length] for name in HISTORY))
             for k in range(length):
                 target = 2 * (batch["actions"][b, k] - low) / (high - low) - 1
@@ -329,28 +417,38 @@ def a_batch(size=8, seed=0):
     return Trajectories(*some_trajectories()).batch(size, 5)
 
 
-VARIANTS = [{"embed": "mlp", "lora": True}, {"embed": "linear", "lora": False}, {"embed": "mlp", "lora": False}]
+VARIANTS = [
+    {"embed": "mlp", "lora": True},
+    {"embed": "linear", "lora": False},
+    {"embed": "mlp", "lora": False},
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predictions_equal_an_independent_decision_transformer(variant):
     model = tiny_lamo(**variant).eval()
     reference, batch = Reference(model).eval(), a_batch()
-    assert not batch["mask"].all()  # padded windows, too
+    assert (batch["weight"] == 0).any()  # padded windows, too
     with torch.no_grad():
         predicted = model.predict(*(batch[name] for name in HISTORY))
-        for b, length in enumerate(batch["mask"].sum(dim=1).tolist()):
+        for b, length in enumerate((batch["weight"] > 0).sum(dim=1).tolist()):
             window = [batch[name][b, :length] for name in HISTORY]
-            torch.testing.assert_close(predicted[b, :length], reference(*window), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(model.action_loss(batch), reference.action_loss(batch), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                predicted[b, :length], reference(*window), atol=1e-4, rtol=1e-4
+            )
+        torch.testing.assert_close(
+            model.action_loss(batch), reference.action_loss(batch), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_actions_are_clamped_and_in_the_environments_units(variant):
     model = tiny_lamo(**variant).eval()
-    model.action_head[0 if variant["embed"] == "linear" else 2].weight.data.mul_(2)  # predictions beyond the bounds
+    model.action_head[0 if variant["embed"] == "linear" else 2].weight.data.mul_(
+        2
+    )  # predictions beyond the bounds
     reference, batch = Reference(model).eval(), a_batch(40)
-    lengths = batch["mask"].sum(dim=1)
+    lengths = (batch["weight"] > 0).sum(dim=1)
     history = [batch[name] for name in HISTORY]
     acts = model.act(*history, lengths)
     low, high = torch.tensor(BOUNDS)
@@ -387,34 +485,68 @@ def test_dropouts_sit_where_transformers_and_lora_have_them(monkeypatch):
     dropped = model.action_loss(batch)
     torch.testing.assert_close(dropped, reference.action_loss(batch), atol=1e-4, rtol=1e-4)
     assert abs(dropped - model.eval().action_loss(batch)) > 1e-3  # and nowhere in evaluation
-    torch.testing.assert_close(model.action_loss(batch), reference.eval().action_loss(batch), atol=1e-4, rtol=1e-4)
-
-
-def test_attention_with_dropout_on_a_cpu_is_causal_attention():
-    torch.manual_seed(0)
-    attention, x = lamo.Attention(32, 4, 1e-9).train(), torch.randn(2, 300, 32)  # three strips, nothing dropped
-    torch.testing.assert_close(attention(x, ...), attention.eval()(x, ...))
+    torch.testing.assert_close(
+        model.action_loss(batch), reference.eval().action_loss(batch), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", lamo.METHODS)
 def test_gradients_reach_exactly_what_trains(lm_folder, method):
     preset = lamo.METHODS[method] | ({"lm": str(lm_folder)} if method != "dt" else {})
-    config = replace(Config(), context=5, device="cpu", batch=8, text_block=64, **preset)
-    arguments = {"max_timesteps": 50, "return_scale": 1.0, "state_stats": torch.ones(2, 3), "action_bounds": BOUNDS}
-    model = lamo.build_model(config, arguments)
+    config = cpu_config(context=5, **preset)
+    trunk, _ = lamo.build_trunk(config)
+    model = LaMo(trunk, config.embed, 5, 50, 1.0, [1.0] * 3, [1.0] * 3, *BOUNDS)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter)  # at zero, no gradient would reach A
-    tokens = np.random.default_rng(0).integers(300, size=2000)
-    optimizer, text = lamo.make_optimizer(model, config), Text(tokens, tokens, 64) if config.lang_coef else None
-    losses = lamo.training_step(model, optimizer, Trajectories(*some_trajectories()), text, 0, config)
-    assert ("language_loss" in losses) == (method != "dt")
+    tokens = torch.randint(300, (2, 64)) if config.lang_coef else None
+    action_loss, language_loss = model(a_batch(), tokens)
+    assert (language_loss > 0) == (method != "dt")
+    (action_loss + 0.1 * language_loss).backward()
     for name, parameter in model.named_parameters():
-        adapted = not name.startswith("gpt2.") or name.endswith(("c_attn.A", "c_attn.B", "c_attn.bias"))
+        adapted = not name.startswith("trunk.")
+        adapted = adapted or name.endswith(("c_attn.A", "c_attn.B", "c_attn.bias"))
         reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert reached == ((adapted or method != "lamo") and parameter.numel() > 0), name
     if method == "dt":
-        assert len(model.gpt2.h) == 3 and len(model.gpt2.ln_f.weight) == 128 and model.gpt2.h[0].attn.n_head == 1
+        assert len(trunk.h) == 3 and trunk.width == 128 and trunk.h[0].attn.n_head == 1
+
+
+class Recurrent(torch.nn.Module):
+    """A trunk of another kind: all that LaMo asks of one."""
+
+    def __init__(self, width=16, vocab_size=300):
+        super().__init__()
+        self.width, self.vocab_size, self.n_positions = width, vocab_size, 1024
+        self.wte = torch.nn.Embedding(vocab_size, width)
+        self.gru = torch.nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(x)[0]
+
+    def language_loss(self, tokens):
+        logits = self(self.wte(tokens[:, :-1])) @ self.wte.weight.T
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def test_another_trunk_takes_the_place_of_gpt2(tmp_path):
+    run = hopper_run(tmp_path / "run", lr_schedule="cosine")
+    torch.manual_seed(0)
+    states = run["trajectories"].state_mean.tolist(), run["trajectories"].state_std.tolist()
+    model = LaMo(Recurrent(), "mlp", 5, 1000, 1000.0, *states, [-1.0] * 3, [1.0] * 3)
+    config = replace(run["config"], steps=60, eval_every=60, batch=32)
+    lamo.train(**run | {"model": model, "config": config})
+    lines = [line for line in read_log(tmp_path / "run") if "action_loss" in line]
+    assert lines[-1]["action_loss"] < 0.8 * lines[0]["action_loss"]
+    assert lines[-1]["language_loss"] < lines[0]["language_loss"]
+
+
+def test_the_losses_compile_whole():
+    """In one graph, so that torch.compile(model) has nothing to fall back from."""
+    model, tokens = tiny_lamo(**DROPOUT).eval(), torch.randint(300, (2, 16))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for ours, expected in zip(compiled(a_batch(), tokens), model(a_batch(), tokens)):
+        torch.testing.assert_close(ours, expected)
 
 
 # ---------------------------------------------------------------------------- trajectories
@@ -433,12 +565,18 @@ def test_windows_equal_a_brute_force_loop(lengths, context):
     np.testing.assert_allclose(trajectories.returns, [sum(reward) for reward in rewards])
     torch.manual_seed(0)
     batch = trajectories.batch(60, context)
-    starts = {float(o[0]): (i, t) for i, part in enumerate(observations) for t, o in enumerate(part.astype(np.float32))}
+    starts = {
+        float(o[0]): (i, t)
+        for i, part in enumerate(observations)
+        for t, o in enumerate(part.astype(np.float32))
+    }
     assert batch["timesteps"].dtype == torch.int64
     for b in range(60):
         i, t = starts[float(batch["states"][b, 0, 0])]
         real = min(context, len(rewards[i]) - t)
-        assert batch["mask"][b].tolist() == [True] * real + [False] * (context - real)
+        real_everywhere = (batch["weight"] > 0).sum()
+        weights = [1 / real_everywhere] * real + [0.0] * (context - real)
+        np.testing.assert_allclose(batch["weight"][b], weights, rtol=1e-6)
         for k in range(context):
             step = min(t + k, len(rewards[i]) - 1)  # the last step fills the rest
             np.testing.assert_allclose(batch["states"][b, k], observations[i][step], rtol=1e-6)
@@ -456,7 +594,9 @@ def test_starts_are_uniform_over_steps():
         first.append(trajectories.batch(1000, 1)["states"][:, 0, 0])
     _, counts = torch.unique(torch.cat(first), return_counts=True)
     chi_square = float(((counts - 1000) ** 2 / 1000).sum())
-    assert len(counts) == 50 and 23 < chi_square < 86  # 99.9 % of a chi-square with 49 degrees of freedom
+    assert (
+        len(counts) == 50 and 23 < chi_square < 86
+    )  # 99.9 % of a chi-square with 49 degrees of freedom
 
 
 def test_minari_share_is_seeded_and_whole():
@@ -469,45 +609,43 @@ def test_minari_share_is_seeded_and_whole():
     first = some.returns_to_go[: some.lengths[0]]
     assert first[0].item() == pytest.approx(some.returns[0]) and first[-1] < first[0]  # not delayed
     every = Trajectories.from_minari(dataset, 1.0, seed=0)
-    np.testing.assert_allclose(every.returns, [e.rewards.astype(np.float64).sum() for e in dataset], rtol=1e-6)
-    assert torch.equal(every.states, torch.from_numpy(np.concatenate([e.observations[:-1] for e in dataset])))
+    np.testing.assert_allclose(
+        every.returns, [e.rewards.astype(np.float64).sum() for e in dataset], rtol=1e-6
+    )
+    assert torch.equal(
+        every.states, torch.from_numpy(np.concatenate([e.observations[:-1] for e in dataset]))
+    )
     assert len(Trajectories.from_minari(dataset, 1 / dataset.total_episodes, 0).returns) == 1
-    with pytest.raises(InputError, match="of 183 trajectories is none"):
+    with pytest.raises(InputError, match="of 183 trajectories leaves none"):
         Trajectories.from_minari(dataset, 0.005, 0)
-    plain, delayed = (Trajectories.from_minari(dataset, 0.05, 0, delayed) for delayed in (False, True))
+    plain, delayed = (
+        Trajectories.from_minari(dataset, 0.05, 0, delayed) for delayed in (False, True)
+    )
     np.testing.assert_allclose(plain.returns, delayed.returns)
-    assert torch.equal(plain.states, delayed.states) and not torch.equal(plain.returns_to_go, delayed.returns_to_go)
+    assert torch.equal(plain.states, delayed.states) and not torch.equal(
+        plain.returns_to_go, delayed.returns_to_go
+    )
     first = 0
     for length, total in zip(plain.lengths, plain.returns):
         np.testing.assert_allclose(delayed.returns_to_go[first : first + length], total, rtol=1e-5)
         first += length
 
 
-def test_infinite_and_constant_dimensions_give_finite_actions():
+def test_a_constant_dimension_is_only_centred():
     observations, actions, rewards = some_trajectories()
     for part in observations:
-        part[:, 0], part[:, 1] = np.inf, 1e6
-    observations[2][3, 2] = -np.inf
+        part[:, 1] = 1e6
     trajectories = Trajectories(observations, actions, rewards)
-    assert trajectories.state_mean[:2].tolist() == [0, 1e6] and trajectories.state_std[:2].tolist() == [1, 1]
-    rest = np.concatenate(observations)[:, 2]
-    assert trajectories.state_std[2] == pytest.approx(rest[np.isfinite(rest)].std() + 1e-6)
-    model = tiny_lamo()
-    model.state_mean, model.state_std = torch.tensor(
-        np.array([trajectories.state_mean, trajectories.state_std])
-    ).float()
-    batch = trajectories.batch(64, 5)
-    loss = model.action_loss(batch)
-    loss.backward()
-    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    finite = torch.where(batch["states"].isfinite(), batch["states"], model.state_mean)
-    assert loss == model.action_loss(batch | {"states": finite})  # an infinite entry counts as the mean
-    batch["states"][0, 2, 1] = math.nan  # what is no number is not hidden
-    inputs = [batch[name] for name in HISTORY]
-    assert model.eval().predict(*inputs)[0, 2].isnan().all()
-    rewards[0][2] = math.nan
-    with pytest.raises(InputError, match="NaN"):
-        Trajectories(observations, actions, rewards)
+    assert trajectories.state_mean[1] == 1e6 and trajectories.state_std[1] == 1
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(part, value):
+    trajectories = some_trajectories()
+    trajectories[part][2][3] = value
+    with pytest.raises(InputError, match="is not finite"):
+        Trajectories(*trajectories)
 
 
 # ---------------------------------------------------------------------------- text
@@ -515,7 +653,10 @@ def test_text_is_cropped_and_held_out(tmp_path, lm_folder):
     (tmp_path / "words.txt").write_text((WORDS + "\n") * 200)
     text = lamo.load_text(str(lm_folder), str(tmp_path / "words.txt"), 16)
     whole = np.concatenate([text.tokens, text.held_out])
-    assert Tokenizer.from_file(str(lm_folder / "tokenizer.json")).decode(whole.tolist()) == (WORDS + "\n") * 200
+    assert (
+        Tokenizer.from_file(str(lm_folder / "tokenizer.json")).decode(whole.tolist())
+        == (WORDS + "\n") * 200
+    )
     assert len(text.held_out) == len(whole) - len(whole) * 9 // 10
     crops = {tuple(text.tokens[i : i + 16]): i for i in range(len(text.tokens) - 15)}
     batch = text.batch(50)
@@ -527,54 +668,72 @@ def test_text_is_cropped_and_held_out(tmp_path, lm_folder):
     assert set(text.batch(500)[:, 0].tolist()) == {0, 1, 2, 3, 4}
     assert Text(tokens[:16], tokens, 16).batch(2).tolist() == [list(range(16))] * 2
     for short in ((tokens[:15], tokens), (tokens, tokens[:15])):
-        with pytest.raises(InputError, match="lower --text-block 16"):
+        with pytest.raises(InputError, match="--text-block 16 is longer than the text"):
             Text(*short, 16)
 
 
 def test_held_out_loss_is_the_mean_over_its_blocks(lm_folder):
-    model = LaMo(GPT2.from_pretrained(lm_folder, 0.5), "mlp", 5, 10, 1.0, [[0.0], [1.0]], [[-1.0], [1.0]])
+    trunk = GPT2.from_pretrained(lm_folder, 0.5).eval()
     theirs = GPT2LMHeadModel.from_pretrained(lm_folder).eval()
     held_out = np.random.default_rng(0).integers(300, size=40 * 32 + 7).astype(np.uint16)
-    for length, starts in ((70, [0, 38]), (40 * 32 + 7, np.linspace(0, 39 * 32 + 7, 32).astype(int))):
+    for length, starts in (
+        (70, [0, 38]),
+        (40 * 32 + 7, np.linspace(0, 39 * 32 + 7, 32).astype(int)),
+    ):
         text = Text(np.zeros(64, np.uint16), held_out[:length], 32)
         blocks = torch.from_numpy(np.stack([held_out[i : i + 32] for i in starts]).astype(np.int64))
         with torch.no_grad():
             expected = theirs(blocks, labels=blocks).loss.item()
-        assert text.held_out_loss(model.eval()) == pytest.approx(expected, rel=1e-5)
+        assert text.held_out_loss(trunk) == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------- training
 def test_learning_rate_warms_up_then_stays_or_falls():
-    config = replace(Config(), lr=2.0, warmup=10, steps=110)
+    config = cpu_config(lr=2.0, warmup=10, steps=110)
     rates = [lamo.learning_rate(step, config) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)]) and set(rates[10:]) == {2.0}
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)]) and set(
+        rates[10:]
+    ) == {2.0}
     config = replace(config, lr_schedule="cosine")
     rates = [lamo.learning_rate(step, config) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10:] == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(100)])
 
 
+HEADER = {"reference": (0, 100), "config": {"lm": "none"}, "lm_checksum": None}
+
+
 def hopper_run(out, **changes):
-    """What lamo.train needs for a short run on the demo's hopper."""
-    config = replace(
-        Config(), steps=7, warmup=2, lr=1e-2, batch=4, context=5, lang_coef=0.5, grad_clip=0.1, weight_decay=0.3,
-        eval_every=3, episodes=1, targets=(300.0, 50.0), seed=5, device="cpu", **changes,
-    )  # fmt: skip
+    """The arguments of lamo.train for a short run on the demo's hopper."""
     out.mkdir(exist_ok=True)
-    trajectories = Trajectories.from_minari(minari.MinariDataset(HOPPER), 0.05, 0)
     tokens = np.random.default_rng(0).integers(300, size=200).astype(np.uint16)
-    header = {"reference": (0, 100), "config": {"lm": "none"}, "lm_sha256": None}
-    model = tiny_lamo(S=11, bounds=[[-1.0] * 3, [1.0] * 3], max_timesteps=1000, **DROPOUT)
-    return model, trajectories, Text(tokens, tokens, 16), Environments(gym.spec("Hopper-v5")), config, header, out
+    return {
+        "model": tiny_lamo(S=11, bounds=[[-1.0] * 3, [1.0] * 3], max_timesteps=1000, **DROPOUT),
+        "trajectories": Trajectories.from_minari(minari.MinariDataset(HOPPER), 0.05, 0),
+        "text": Text(tokens, tokens, 16),
+        "environments": Environments(gym.spec("Hopper-v5")),
+        "config": cpu_config(
+            steps=7, warmup=2, lr=1e-2, batch=4, context=5, lang_coef=0.5, grad_clip=0.1,
+            weight_decay=0.3, eval_every=3, episodes=1, targets=[300.0, 50.0], seed=5, **changes,
+        ),
+        "header": HEADER,
+        "out": out,
+    }  # fmt: skip
 
 
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
-    model, trajectories, text, environments, config, header, out = hopper_run(tmp_path / "run")
-    saved, save = [], lamo.save
-    monkeypatch.setattr(lamo, "save", lambda *arguments: saved.append(arguments[3]["step"]) or save(*arguments))
-    scores = lamo.train(model.eval(), trajectories, text, environments, config, header, out)
+    run, saved, save = hopper_run(tmp_path / "run"), [], lamo.save
+
+    def remember(path, model, header, state):
+        saved.append(state["step"])
+        save(path, model, header, state)
+
+    monkeypatch.setattr(lamo, "save", remember)
+    model, trajectories, text = run["model"].eval(), run["trajectories"], run["text"]
+    scores = lamo.train(**run)
     assert saved == [0, 3, 6, 7]
-    expected = hopper_run(tmp_path / "run")[0].train()
+
+    expected = hopper_run(tmp_path / "run")["model"].train()
     trained = [parameter for parameter in expected.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.3, eps=1e-6)
     losses = []
@@ -582,7 +741,8 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
         torch.manual_seed(5 * 7 + step)
         optimizer.param_groups[0]["lr"] = 0.5e-2 if step == 0 else 1e-2
         windows, crops = trajectories.batch(4, 5), text.batch(2)
-        action_loss, language_loss = expected.action_loss(windows), expected.language_loss(crops)
+        action_loss = expected.action_loss(windows)
+        language_loss = expected.trunk.language_loss(crops)
         optimizer.zero_grad()
         (action_loss + 0.5 * language_loss).backward()
         norm = torch.stack([parameter.grad.norm() for parameter in trained]).norm()
@@ -594,46 +754,49 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters()):
         torch.testing.assert_close(ours, theirs, msg=name)
 
-    lines = read_log(out)
-    assert lines[0] == json.loads(json.dumps(header)) and len(lines) == 7
-    for (begin, end), line, evaluated in zip(((0, 3), (3, 6), (6, 7)), lines[1::2], lines[2::2]):
+    lines = read_log(tmp_path / "run")
+    assert lines[0] == json.loads(json.dumps(HEADER)) and len(lines) == 7
+    periods = (0, 3), (3, 6), (6, 7)
+    for (begin, end), line, evaluated in zip(periods, lines[1::2], lines[2::2]):
         means = np.mean(losses[begin:end], axis=0)
         assert line["step"] == evaluated["step"] == end
         logged = [line[name] for name in ("action_loss", "language_loss", "gradient_norm")]
         assert logged == pytest.approx(means, rel=1e-4)
+        assert line["lr"] == 1e-2 and 0 < line["seconds_per_step"] < 5
     assert lines[-1]["evaluation"] == scores and set(scores) == {"300", "50"}
-    again = evaluation.evaluate(expected, environments, (300.0, 50.0), 1, 50_000, (0, 100))
-    assert all(
-        again[name]["return_mean"] == pytest.approx(row["return_mean"], rel=0.01) for name, row in scores.items()
-    )
+    again = evaluation.evaluate(expected, run["environments"], [300.0, 50.0], 1, 50_000, (0, 100))
+    for name, row in scores.items():
+        assert again[name]["return_mean"] == pytest.approx(row["return_mean"], rel=0.01)
     assert expected.training
 
 
-def test_loss_is_logged_every_50_steps(tmp_path):
+def test_losses_are_logged_every_50_steps(tmp_path):
     run = hopper_run(tmp_path / "run")
-    lamo.train(*run[:4], replace(run[4], steps=101, eval_every=500, batch=1, text_batch=1), *run[5:])
+    config = replace(run["config"], steps=101, eval_every=500, batch=1, text_batch=1)
+    lamo.train(**run | {"config": config})
     assert [line.get("step") for line in read_log(tmp_path / "run")] == [None, 50, 100, 101, 101]
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = hopper_run(tmp_path / "run")
-    with pytest.raises(InputError, match="is (nan|inf) in step .; lower --lr .*has step 0"):
-        lamo.train(*run[:4], replace(run[4], lr=1e30, warmup=0, eval_every=1000), *run[5:])
+    config = replace(run["config"], lr=1e30, warmup=0, eval_every=1000)
+    with pytest.raises(InputError, match="became (nan|inf) in step [23]; lower --lr .*of step 0"):
+        lamo.train(**run | {"config": config})
     weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_each_process_has_dropout_of_its_own(monkeypatch):
-    """Of the same window many times, shares of the same size differ by nothing but dropout."""
-    model, text = tiny_lamo(**DROPOUT).train(), None
-    window = {name: part[:1].expand(8, *part.shape[1:]) for name, part in a_batch().items()}
-    config = replace(Config(), lr=0.0, weight_decay=0.0, lang_coef=0.0)
-    monkeypatch.setattr(lamo, "add_up", lambda tensor: tensor)
+def test_processes_share_a_batch_and_have_dropout_of_their_own(monkeypatch):
+    model, window = tiny_lamo(**DROPOUT).train(), a_batch(1)
+    window = {name: part.expand(8, *part.shape[1:]) for name, part in window.items()}
+    window["weight"] = window["weight"] / 8
+    trajectories, config = SimpleNamespace(batch=lambda *_: window), cpu_config()
     losses = []
     for rank in (0, 0, 1):
         monkeypatch.setattr(lamo, "rank_and_world", lambda rank=rank: (rank, 2))
-        optimizer, trajectories = lamo.make_optimizer(model, config), SimpleNamespace(batch=lambda *_: window)
-        losses.append(lamo.training_step(model, optimizer, trajectories, text, 0, config)["action_loss"])
+        batch, _ = lamo.draw(trajectories, None, config, 0)
+        assert len(batch["states"]) == 4 and batch["weight"].sum() == pytest.approx(1)
+        losses.append(model.action_loss(batch).item())
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -650,28 +813,41 @@ class Script(torch.nn.Module):
     def act(self, returns_to_go, states, actions, timesteps, lengths):
         rows = []
         for i, k in enumerate(lengths.tolist()):
-            memory = 0.1 * actions[i, : k - 1].sum(0) + 1e-3 * returns_to_go[i, :k].sum() + 0.01 * timesteps[i, k - 1]
+            memory = (
+                0.1 * actions[i, : k - 1].sum(0)
+                + 1e-3 * returns_to_go[i, :k].sum()
+                + 0.01 * timesteps[i, k - 1]
+            )
             rows.append(1.3 * torch.tanh((self.weight * states[i, :k].mean(0)).sum(1) + memory))
         return torch.stack(rows)
 
 
-@pytest.mark.parametrize("delayed, limit, longest", [(False, 99, 99), (True, 99, 99), (False, 20, 99), (False, 99, 20)])
+@pytest.mark.parametrize(
+    "delayed, limit, longest", [(False, 99, 99), (True, 99, 99), (False, 20, 99), (False, 99, 20)]
+)
 def test_rollout_equals_one_environment_at_a_time(delayed, limit, longest):
     policy, targets, episodes, seed = Script(), (300.0, 50.0), 4, 7
     policy.max_timesteps = longest
     spec = gym.make("Hopper-v5", max_episode_steps=limit).spec
-    environments = Environments(spec, alive=3)  # more episodes than environments
+    environments = Environments(spec, num_envs=3)  # more episodes than environments
     returns, lengths = evaluation.rollout(policy, environments, targets, episodes, seed, delayed)
     assert len(environments.envs) == 3
-    assert len(set(lengths.flatten())) > 1 and (lengths.max() == 20) == (20 in (limit, longest))  # ends of all kinds
+    assert len(set(lengths.flatten())) > 1 and (lengths.max() == 20) == (
+        20 in (limit, longest)
+    )  # ends of all kinds
     env = gym.make(spec)
     for i, target in enumerate(targets):
         for episode in range(episodes):
             observation, _ = env.reset(seed=seed + episode)
             rtg, states, actions, total = [target], [observation], [], 0.0
             for t in range(policy.max_timesteps):
-                parts = [np.array(part, np.float32) for part in (rtg, states, [*actions, np.zeros(3)])]
-                window = [torch.from_numpy(part)[None, max(0, t - 3) :] for part in [*parts, np.arange(t + 1)]]
+                parts = [
+                    np.array(part, np.float32) for part in (rtg, states, [*actions, np.zeros(3)])
+                ]
+                window = [
+                    torch.from_numpy(part)[None, max(0, t - 3) :]
+                    for part in [*parts, np.arange(t + 1)]
+                ]
                 action = policy.act(*window, torch.tensor([min(t + 1, 4)]))
                 action = np.clip(action[0].detach().numpy(), -1, 1)
                 observation, reward, terminated, truncated, _ = env.step(action)
@@ -687,8 +863,8 @@ def test_rollout_equals_one_environment_at_a_time(delayed, limit, longest):
 
 def test_returns_do_not_depend_on_how_many_environments_there_are():
     policy = tiny_lamo(S=11, bounds=[[-1.0] * 3, [1.0] * 3]).eval()
-    alive = [Environments(gym.spec("Hopper-v5"), alive) for alive in (1, 4, 10, 20)]
-    results = [evaluation.rollout(policy, environments, (3.0, 1.0), 5, 3) for environments in alive]
+    some = [Environments(gym.spec("Hopper-v5"), num_envs) for num_envs in (1, 4, 10, 20)]
+    results = [evaluation.rollout(policy, environments, (3.0, 1.0), 5, 3) for environments in some]
     for returns, lengths in results[1:]:
         assert np.array_equal(returns, results[0][0]) and np.array_equal(lengths, results[0][1])
 
@@ -711,7 +887,10 @@ class FailingHopper(gym.Wrapper):
 
 
 def test_an_episode_that_fails_is_counted_and_has_no_part_in_the_mean(capsys):
-    gym.register("FailingHopper-v0", lambda **options: FailingHopper(gym.make("Hopper-v5", **options).unwrapped))
+    gym.register(
+        "FailingHopper-v0",
+        lambda **options: FailingHopper(gym.make("Hopper-v5", **options).unwrapped),
+    )
     failing, sound = (Environments(gym.spec(name), 3) for name in ("FailingHopper-v0", "Hopper-v5"))
     policy = Script()
     returns, _ = evaluation.rollout(policy, failing, (300,), 8, 0)
@@ -721,7 +900,9 @@ def test_an_episode_that_fails_is_counted_and_has_no_part_in_the_mean(capsys):
     row = evaluation.evaluate(policy, failing, (300,), 8, 0, (0, 100))["300"]
     assert row["failed"] == 4 and row["return_mean"] == pytest.approx(expected[0, ::2].mean())
     printed = capsys.readouterr()
-    assert printed.out.count("an episode of FailingHopper-v0 failed: RuntimeError('broke down')") == 2
+    assert (
+        printed.out.count("an episode of FailingHopper-v0 failed: RuntimeError('broke down')") == 2
+    )
     assert "4 failed" in evaluation.format_scores({"300": row}, (0, 100))
     row = evaluation.evaluate(policy, failing, (300, 50), 1, 1, (0, 100))["300"]
     assert row["failed"] == 1 and math.isnan(row["return_mean"])
@@ -743,18 +924,25 @@ def test_evaluation_scores():
         error = row["return_interval"] - np.percentile(every_resample, (2.5, 97.5))
         assert np.abs(error).max() < 0.05 * returns[i].std()
     best, row = evaluation.best_target(scores)
-    assert row["return_mean"] == max(row["return_mean"] for row in scores.values()) and scores[best] is row
+    assert (
+        row["return_mean"] == max(row["return_mean"] for row in scores.values())
+        and scores[best] is row
+    )
     table = evaluation.format_scores(scores, (10.0, 60.0)).splitlines()
     assert [line.endswith("best") for line in table[1:-1]] == [name == best for name in scores]
 
 
 # ---------------------------------------------------------------------------- the command line
-SHORT = "--demo --ratio 0.1 --steps 4 --batch 4 --text-block 32 --episodes 1 --targets 1500 800"
+SHORT = "--demo --device cpu --ratio 0.1 --steps 4 --batch 4 --text-block 32 --episodes 1 --targets 1500 800"
 
 
 def command(script, *arguments, **environment):
     """A script of this folder in a process of its own, without a network or a GPU."""
-    refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+    refused = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PYTHONPATH": str(HERE),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return subprocess.run(
         [sys.executable, *script.split(), *map(str, arguments)],
         cwd=HERE, capture_output=True, text=True, env=os.environ | refused | environment, timeout=300,
@@ -778,48 +966,96 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def timeless_log(folder):
+    """A log without what a clock measured."""
+    lines = read_log(folder)
+    for line in lines:
+        line.pop("seconds_per_step", None)
+    return lines
+
+
 def test_command_line_from_start_to_end(trained, lm_folder):
     folder, printed = trained
     scores, (header, *lines) = read_scores(folder), read_log(folder)
-    assert set(scores) == {"best", "targets", "dataset", "lm", "demo", "text_loss_before", "text_loss_after"}
-    assert set(scores["targets"]) == {"1500", "800"} and scores["demo"] is True and scores["lm"] == str(lm_folder)
-    assert 0 < scores["text_loss_before"] and scores["text_loss_before"] != scores["text_loss_after"]
+    assert set(scores) == {
+        "best",
+        "targets",
+        "dataset",
+        "lm",
+        "demo",
+        "text_loss_before",
+        "text_loss_after",
+    }
+    assert (
+        set(scores["targets"]) == {"1500", "800"}
+        and scores["demo"] is True
+        and scores["lm"] == str(lm_folder)
+    )
+    assert (
+        0 < scores["text_loss_before"] and scores["text_loss_before"] != scores["text_loss_after"]
+    )
     config = header["config"]
-    assert (config["steps"], config["lora_alpha"], config["lr"]) == (4, 32, 1e-2)  # given, default, demo
-    assert set(header["versions"]) == {"torch", "gymnasium", "mujoco", "minari"} and header["trajectories"] == 18
-    assert len(header["lm_sha256"]) == len(header["data_sha256"]) == 64 and header["device"] == "cpu"
+    assert (config["steps"], config["lora_alpha"], config["lr"]) == (
+        4,
+        32,
+        1e-2,
+    )  # given, default, demo
+    assert set(header["versions"]) == {"torch", "transformers", "gymnasium", "mujoco", "minari"}
+    assert len(header["lm_checksum"]) == len(header["data_checksum"]) == 64
+    assert header["trajectories"] == 18 and config["device"] == "cpu"
     assert any("action_loss" in line and "language_loss" in line for line in lines)
     assert lines[-1]["evaluation"] == scores["targets"]
     assert printed.count("DEMO ASSETS") == 2 and f"{scores['best']['return_mean']:.1f}" in printed
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "log.jsonl", "scores.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint.pt",
+        "log.jsonl",
+        "scores.json",
+    ]
     weights = torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
-    assert "gpt2.h.0.attn.c_attn.A" in weights and "gpt2.wte.weight" not in weights
+    assert "trunk.h.0.attn.c_attn.A" in weights and "trunk.wte.weight" not in weights
     policy, config, header = lamo.load(folder)
     assert not policy.training
     environments = Environments(evaluation.EnvSpec.from_json(header["env_spec"]))
-    again = evaluation.evaluate(policy, environments, config.targets, 1, config.seed, header["reference"])
+    again = evaluation.evaluate(
+        policy, environments, config.targets, 1, config.seed, header["reference"]
+    )
     assert again == read_scores(folder)["targets"]
 
 
 def test_what_is_given_goes_before_the_method_and_that_before_the_demo():
-    expected = {"lamo": (1e-2, 0.0, 64, 4, 0.1), "dt": (1e-2, 0.1, 0, 1, 0.0), "wiki-rl": (3e-3, 0.0, 0, 4, 0.1)}
+    expected = {
+        "lamo": (1e-2, 0.0, 64, 4, 0.1),
+        "dt": (1e-2, 0.1, 0, 1, 0.0),
+        "wiki-rl": (3e-3, 0.0, 0, 4, 0.1),
+    }
     for method, values in expected.items():
-        config = lamo.configure({"demo": "demo", "method": method})
-        assert (config.lr, config.dropout, config.lora_rank, config.heads, config.lang_coef) == values
-        assert lamo.configure({"demo": "demo", "method": method, "lr": 5.0}).lr == 5.0
+        config, _ = lamo.configure({"demo": True, "method": method})
+        assert (
+            config.lr,
+            config.dropout,
+            config.lora_rank,
+            config.heads,
+            config.lang_coef,
+        ) == values
+        assert lamo.configure({"demo": True, "method": method, "lr": 5.0})[0].lr == 5.0
 
 
 def test_two_processes_equal_one(tmp_path, lm_folder):
     """Gradients of half a batch each add up to those of one: with windows that end early, text, and shared episodes."""
     options = f"{SHORT} --context 100 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
-    for script, out in ("lamo.py", "one"), ("-m torch.distributed.run --standalone --nproc-per-node 2 lamo.py", "two"):
+    for script, out in (
+        ("lamo.py", "one"),
+        ("-m torch.distributed.run --standalone --nproc-per-node 2 lamo.py", "two"),
+    ):
         result = command(script, *options.split(), tmp_path / out, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("DEMO ASSETS") == 2  # one process speaks
     one, two = (lamo.read_checkpoint(tmp_path / out)["weights"] for out in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=1e-5, msg=name)
-    one, two = (read_scores(tmp_path / out)["targets"]["1500"]["return_mean"] for out in ("one", "two"))
+    one, two = (
+        read_scores(tmp_path / out)["targets"]["1500"]["return_mean"] for out in ("one", "two")
+    )
     assert two == pytest.approx(one, rel=0.01)
 
 
@@ -828,13 +1064,15 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     """It dies each time it evaluates or saves, and goes on from what is in its folder."""
     monkeypatch.setattr(lamo, "LOG_EVERY", 2)
     whole = hopper_run(tmp_path / "whole")
-    scores = lamo.train(*whole)
+    scores = lamo.train(**whole)
     rng, resumed = np.random.default_rng(23), []
 
     def mortal(function):
         def dies(*arguments):
             luck = rng.random()
-            result = function(*arguments) if luck > 0.2 else None  # dies before its work is done, or after it
+            result = (
+                function(*arguments) if luck > 0.2 else None
+            )  # dies before its work is done, or after it
             if luck < 0.4:
                 raise KeyboardInterrupt
             return result
@@ -845,36 +1083,56 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(lamo, "evaluate", mortal(lamo.evaluate))
     monkeypatch.setattr(lamo, "save", mortal(lamo.save))
     while True:
-        model, *rest = hopper_run(tmp_path / "run")
-        checkpoint = lamo.read_checkpoint(rest[-1]) if (rest[-1] / "checkpoint.pt").exists() else None
-        resumed.append(checkpoint and checkpoint["recent"])
-        model.load_state_dict(checkpoint["weights"] if checkpoint else {}, strict=False)
+        run, checkpoint = hopper_run(tmp_path / "run"), None
+        if (tmp_path / "run" / "checkpoint.pt").exists():
+            checkpoint = lamo.read_checkpoint(tmp_path / "run")
+            run["model"].load_state_dict(checkpoint["weights"])
+            resumed.append(checkpoint["losses"])
         try:
-            assert lamo.train(model, *rest, checkpoint) == scores
+            assert lamo.train(**run, checkpoint=checkpoint) == scores
             break
         except KeyboardInterrupt:
             pass
     assert len(resumed) > 5 and any(resumed)  # also between two lines of the log
-    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in whole[0].state_dict().items())
-    assert (tmp_path / "run" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    for name, weight in whole["model"].state_dict().items():
+        assert torch.equal(weight, run["model"].state_dict()[name])
+    assert timeless_log(tmp_path / "run") == timeless_log(tmp_path / "whole")
 
 
 def test_a_signal_lets_the_step_finish_and_a_second_one_does_not(tmp_path, monkeypatch):
     handlers, run = {}, hopper_run(tmp_path / "run")
     monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(lamo, "evaluate", lambda *_: handlers[signal.SIGTERM](signal.SIGTERM, None) or {})
     monkeypatch.setattr(lamo, "format_scores", lambda *_: "")
-    with pytest.raises(SystemExit, match="stopped after 4 steps; resume with: python lamo.py --resume"):
-        lamo.train(*run)
+
+    def interrupted(*_):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        with pytest.raises(SystemExit, match="1"):
+            handlers[signal.SIGINT](signal.SIGINT, None)
+        return {}
+
+    monkeypatch.setattr(lamo, "evaluate", interrupted)
+    with pytest.raises(
+        SystemExit, match="stopped after 4 steps; resume with: python lamo.py --resume"
+    ):
+        lamo.train(**run)
     assert lamo.read_checkpoint(tmp_path / "run")["step"] == 4
-    with pytest.raises(SystemExit, match="1"):
-        handlers[signal.SIGINT](signal.SIGINT, None)
+    assert handlers == {signal.SIGINT: None, signal.SIGTERM: None}  # as it was before
+
+
+def test_a_thread_trains_without_catching_signals(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("signal only works in main thread")
+
+    monkeypatch.setattr(lamo.signal, "signal", refuse)
+    with ThreadPoolExecutor(1) as pool:
+        scores = pool.submit(lamo.train, **hopper_run(tmp_path / "run")).result()
+    assert set(scores) == {"300", "50"}
 
 
 def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(lamo, "add_up", lambda stops: stops + 1)
+    monkeypatch.setattr(lamo, "in_any_process", lambda flag: True)
     with pytest.raises(SystemExit, match="stopped after 0 steps"):
-        lamo.train(*hopper_run(tmp_path / "run"))
+        lamo.train(**hopper_run(tmp_path / "run"))
     assert lamo.read_checkpoint(tmp_path / "run")["step"] == 0
 
 
@@ -898,7 +1156,10 @@ def save_dataset(name, env, episodes, **spaces):
 def stack(observations):
     """Observations, dicts or arrays, -> the same with time as first axis."""
     if isinstance(observations[0], dict):
-        return {key: stack([observation[key] for observation in observations]) for key in observations[0]}
+        return {
+            key: stack([observation[key] for observation in observations])
+            for key in observations[0]
+        }
     return np.array(observations)
 
 
@@ -931,7 +1192,9 @@ def kitchen(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         env = gym.make(lamo.KITCHEN, tasks_to_complete=goals, max_episode_steps=280, **published)
-        folder = save_dataset("D4RL/kitchen/complete-v2", env, [play(env, length) for length in lengths])
+        folder = save_dataset(
+            "D4RL/kitchen/complete-v2", env, [play(env, length) for length in lengths]
+        )
         scored = gym.make(lamo.KITCHEN, tasks_to_complete=goals)
         expected = [play(scored, length)[2] for length in lengths]
     return folder, expected
@@ -952,38 +1215,786 @@ def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
     lamo.main(f"{options} --lm {lm_folder} --out {tmp_path / 'run'}".split())
     policy, config, header = lamo.load(tmp_path / "run")
     spec = evaluation.EnvSpec.from_json(header["env_spec"])
-    assert header["reference"] == (0, 4) and policy.gpt2.bf16
+    assert header["reference"] == (0, 4) and policy.trunk.bf16
     assert len(policy.state_mean) == 59 and policy.max_timesteps == spec.max_episode_steps == 280
-    assert spec.kwargs["tasks_to_complete"] == ["microwave", "kettle", "light switch", "slide cabinet"]
+    assert spec.kwargs["tasks_to_complete"] == [
+        "microwave",
+        "kettle",
+        "light switch",
+        "slide cabinet",
+    ]
     assert spec.kwargs["remove_task_when_completed"] is True
     best = read_scores(tmp_path / "run")["best"]
     assert best["score"] == 25 * best["return_mean"]
 
 
-@pytest.mark.parametrize("name, method", [*((name, "lamo") for name in lamo.TASKS), ("hopper", "dt"), ("hopper", "wiki-rl")])  # fmt: skip
+DEMO_TASKS = [name for name in lamo.TASKS if (HERE / "demo" / "lamo" / name).exists()]
+DEMO_RUNS = [(name, "lamo") for name in DEMO_TASKS] + [("hopper", "dt"), ("hopper", "wiki-rl")]
+
+
+@pytest.mark.parametrize("name, method", DEMO_RUNS)
 def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folder):
     lm = f"--lm {lm_folder}" if method != "dt" else "--bf16"
-    lamo.main(f"{SHORT} --targets 1 --env {name} --method {method} {lm} --out {tmp_path / 'run'}".split())
+    lamo.main(
+        f"{SHORT} --targets 1 --env {name} --method {method} {lm} --out {tmp_path / 'run'}".split()
+    )
     policy, config, header = lamo.load(tmp_path / "run")
     task, spec = lamo.TASKS[name], evaluation.EnvSpec.from_json(header["env_spec"])
     assert spec.id == task.env_id.split(":")[-1] and config.data == f"demo/lamo/{name}/demo-v0"
-    assert config.context == task.context and header["arguments"]["return_scale"] == task.return_scale
+    assert (
+        config.context == task.context and header["arguments"]["return_scale"] == task.return_scale
+    )
     assert any(isinstance(module, LoRALinear) for module in policy.modules()) == (method == "lamo")
-    assert (config.embed == "mlp") == (method == "lamo") and policy.gpt2.bf16 == (method == "dt")
+    assert (config.embed == "mlp") == (method == "lamo") and policy.trunk.bf16 == (method == "dt")
     scores = read_scores(tmp_path / "run")
     assert (scores["text_loss_before"] is None) == (method == "dt")
-    assert 1 <= scores["best"]["length_mean"] <= spec.max_episode_steps and math.isfinite(scores["best"]["return_mean"])
+    assert 1 <= scores["best"]["length_mean"] <= spec.max_episode_steps and math.isfinite(
+        scores["best"]["return_mean"]
+    )
 
 
 # ---------------------------------------------------------------------------- where assets come from
 def test_without_a_gpu_the_demo_is_taken_loudly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = lamo.configure({})
-    assert "no CUDA GPU" in config.demo and config.lm == "demo/gpt2-tiny" and config.steps == 1000
-    lamo.main(f"{SHORT.removeprefix('--demo ')} --method dt --out {tmp_path / 'run'}".split())
+    config, title = lamo.configure({})
+    assert "no CUDA GPU" in title and config.lm == "demo/gpt2-tiny" and config.steps == 1000
+    lamo.main(
+        f"{SHORT.removeprefix('--demo --device cpu ')} --method dt --out {tmp_path / 'run'}".split()
+    )
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("DEMO ASSETS, NOT COMPARABLE TO THE PAPER (no CUDA") and printed.count(printed[0]) == 2
-    assert read_log(tmp_path / "run")[0]["config"]["demo"] == printed[0]
+    assert (
+        printed[0].startswith("DEMO ASSETS, NOT COMPARABLE TO THE PAPER (no CUDA")
+        and printed.count(printed[0]) == 2
+    )
+    assert read_log(tmp_path / "run")[0]["title"] == printed[0]
+
+
+# ---------------------------------------------------------------------------- checkpoints that people have
+def layout_of(name, folder):
+    """Save a GPT-2 again, as people have it."""
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    if name == "shards":
+        model.save_pretrained(folder, max_shard_size="40KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    elif name == "pytorch_model.bin":
+        torch.save(model.state_dict(), folder / name)
+    elif name == "half precision":
+        model.half().save_pretrained(folder)
+    elif name == "without the head":
+        model.transformer.save_pretrained(folder)
+    elif name == "more tokens":
+        model.resize_token_embeddings(310)
+        shaken(model).save_pretrained(folder)
+    elif name == "gelu_pytorch_tanh":  # gelu_new by another name
+        model.config.activation_function = name
+        model.save_pretrained(folder)
+
+
+LAYOUTS = (
+    "shards", "pytorch_model.bin", "half precision", "without the head", "more tokens",
+    "gelu_pytorch_tanh",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_transformers_in_every_layout(layout, lm_folder, tmp_path):
+    folder = shutil.copytree(lm_folder, tmp_path / "a model")
+    layout_of(layout, folder)
+    theirs = GPT2LMHeadModel.from_pretrained(folder).float().eval()
+    tokens = torch.randint(theirs.config.vocab_size, (2, 64))
+    with torch.no_grad():
+        ours = GPT2.from_pretrained(str(folder)).eval().logits(tokens)
+        torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_tokenizer_may_be_vocab_and_merges_alone(lm_folder, tmp_path):
+    folder = shutil.copytree(lm_folder, tmp_path / "lm")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (tmp_path / "words.txt").write_text((WORDS + "\n") * 50)
+    text, expected = (
+        lamo.load_text(str(lm), str(tmp_path / "words.txt"), 16) for lm in (folder, lm_folder)
+    )
+    assert np.array_equal(text.tokens, expected.tokens) and len(text.tokens) > 500
+
+
+def test_what_a_saved_tokenizer_adds_and_cuts_is_turned_off(tmp_path):
+    tokenizer = Tokenizer.from_file(str(HERE / "demo" / "gpt2-tiny" / "tokenizer.json"))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(8)
+    tokenizer.add_special_tokens(["<|start|>"])
+    start = "<|start|>", tokenizer.token_to_id("<|start|>")
+    tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[start])
+    shutil.copytree(HERE / "demo" / "gpt2-tiny", tmp_path, dirs_exist_ok=True)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text, plain = (
+        lamo.load_text(str(lm), "demo/text.txt", 256) for lm in (tmp_path, "demo/gpt2-tiny")
+    )
+    assert np.array_equal(text.tokens, plain.tokens)
+
+
+# ---------------------------------------------------------------------------- the command line, its mistakes
+RANGES = {"Pusher-v5": 2.0, "InvertedPendulum-v5": 3.0, "demo.reacher2d:lamo/Reacher2d-v0": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", RANGES)
+def test_any_dataset_brings_its_environment(env_id, tmp_path, lm_folder):
+    env, episodes = gym.make(env_id), []
+    for seed in range(4):
+        env.action_space.seed(seed)
+        observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
+        for _ in range(1 + seed):
+            actions.append(env.action_space.sample())
+            observation, reward, *_ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        episodes.append((np.array(observations), actions, rewards))
+    folder, out = save_dataset("test/any-v0", env, episodes), tmp_path / "run"
+    options = "--demo --steps 2 --ratio 0.5 --text-block 32 --episodes 1 --delayed"
+    lamo.main(f"{options} --data {folder} --lm {lm_folder} --out {out}".split())
+    policy, config, header = lamo.load(out)
+    assert policy.action_radius.tolist() == [RANGES[env_id]] * len(policy.action_radius)
+    returns = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 0.5, 0).returns
+    best, largest = returns.max(), max(*abs(returns), 1e-3)
+    half = best / 2 if best > 0 else 2 * best  # of a negative return, half is more
+    assert config.targets == pytest.approx((best, half) if best else (0,)) and config.context == 20
+    scale = header["arguments"]["return_scale"]
+    assert 0.3 < largest / scale < 3.2 and math.log10(scale) == round(math.log10(scale))
+    row = read_scores(out)["best"]
+    assert header["reference"] == (0, 100) and row["score"] == pytest.approx(row["return_mean"])
+
+
+@pytest.mark.slow
+def test_a_dataset_whose_environment_cannot_be_made_takes_that_of_env(tmp_path):
+    rng = np.random.default_rng(0)
+    episodes = [
+        (rng.normal(size=(6, 11)), rng.uniform(-1, 1, (5, 3)), np.ones(5)) for _ in range(3)
+    ]
+    spaces = {
+        "observation_space": gym.spaces.Box(-9, 9, (11,)),
+        "action_space": gym.spaces.Box(-1, 1, (3,)),
+    }
+    folder = save_dataset("test/lost-v0", None, episodes, **spaces)
+    lamo.main(
+        f"{SHORT} --ratio 1 --env hopper --data {folder} --method dt --out {tmp_path / 'run'}".split()
+    )
+    assert "Hopper-v5" in read_log(tmp_path / "run")[0]["env_spec"]
+
+
+KITCHEN = [5, 4, 3, 2, 1], 1, 20, 280
+PAPER = {  # targets, scale of returns, context, longest episode
+    "hopper": ([3600, 2600, 2200, 1800], 1000, 20, 1000),
+    "halfcheetah": ([12000, 8000, 6000, 4500], 1000, 20, 1000),
+    "walker2d": ([5000, 4000, 3000, 2500], 1000, 20, 1000),
+    "kitchen-complete": KITCHEN,
+    "kitchen-partial": KITCHEN,
+    "kitchen-mixed": KITCHEN,
+    "reacher2d": ([76, 40], 10, 5, 100),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_tasks_are_the_papers(name):
+    task = lamo.TASKS[name]
+    longest = gym.make(task.env_id).spec.max_episode_steps
+    assert (task.targets, task.return_scale, task.context, longest) == PAPER[name]
+
+
+def test_a_new_task_works_and_names_the_demo_data_it_lacks(tmp_path, monkeypatch):
+    """A row in TASKS is all that a fork adds."""
+    row = lamo.Task("Hopper-v5", "mine/hopper-v0", [900], 1000, 20, (0, 3000))
+    monkeypatch.setitem(lamo.TASKS, "mine", row)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in ({"env": "mine"}, {"env": "mine", "demo": True}):
+        with pytest.raises(InputError, match="demo/ has no data for --env mine; give --data"):
+            lamo.configure(options)
+    config, _ = lamo.configure({"env": "mine", "demo": True, "data": str(HOPPER.parent)})
+    assert (config.targets, config.data) == ([900], str(HOPPER.parent))
+
+
+@pytest.mark.slow
+def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
+    for script, *arguments in (
+        ("lamo.py", "--env", "humanoid"),
+        ("eval.py", tmp_path),
+        ("eval.py", tmp_path, "--seed=-1"),
+    ):
+        result = command(script, *arguments)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.stderr.startswith(f"{script}: error: ")
+
+
+@pytest.mark.slow
+def test_runs_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lamo.main(f"{SHORT} --method dt".split())
+    before = (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text()
+    with pytest.raises(InputError, match="delete it, or --resume runs/hopper-dt-0.1-0-demo"):
+        lamo.main(f"{SHORT} --method dt".split())
+    assert (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_import_has_no_side_effects(tmp_path):
+    code = "from lamo import GPT2, LoRALinear, LaMo, Trajectories, Text; import sys; assert 'transformers' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory, lm_folder, trained):
+    """A folder of files that are wrong in one way each."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, content in {
+        "short.txt": b"too short", "empty.txt": b"", "binary.txt": bytes(range(256)) * 40, "folder/x": b"",
+        "no-json/config.json": b"{", "no-tokenizer/config.json": (lm_folder / "config.json").read_bytes(),
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    settings = {
+        "bert": {"model_type": "bert"}, "relu": {"activation_function": "relu"}, "wide": {"n_embd": 64},
+        "unscaled": {"scale_attn_weights": False}, "by-layer": {"scale_attn_by_inverse_layer_idx": True},
+        "untied": {"tie_word_embeddings": False}, "few-words": {"vocab_size": 100},
+        "inner": {"n_inner": 100},
+    }  # fmt: skip
+    for name in (*settings, "cut-weights", "lacking-weights"):
+        shutil.copytree(lm_folder, folder / name)
+        config = json.loads((lm_folder / "config.json").read_text()) | settings.get(name, {})
+        (folder / name / "config.json").write_text(json.dumps(config))
+    weights = folder / "cut-weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    tensors = load_file(folder / "lacking-weights" / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, folder / "lacking-weights" / "model.safetensors")
+    words = load_file(folder / "few-words" / "model.safetensors")
+    words["transformer.wte.weight"] = words["transformer.wte.weight"][:100]
+    save_file(words, folder / "few-words" / "model.safetensors")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(folder))
+        rng = np.random.default_rng(0)
+        episodes = [
+            (rng.normal(size=(6, 11)), rng.uniform(-1, 1, (5, 3)), np.ones(5)) for _ in range(3)
+        ]
+        space = gym.spaces.Box(-np.inf, np.inf, (11,))
+        good = save_dataset("test/good-v0", "Hopper-v5", episodes, observation_space=space)
+        cartpole = [
+            (rng.normal(size=(6, 4)), rng.integers(2, size=5), np.ones(5)) for _ in range(3)
+        ]
+        save_dataset("test/discrete-v0", "CartPole-v1", cartpole)
+    for name in (
+        "cut-data",
+        "empty-data",
+        "no-episodes",
+        "metadata-alone",
+        "no-rewards",
+        "nan",
+        "nan-reward",
+        "words",
+        "narrow",
+    ):
+        shutil.copytree(good, folder / name)
+        data = folder / name / "data" / "main_data.hdf5"
+        if name in ("cut-data", "empty-data"):
+            data.write_bytes(data.read_bytes()[: 3000 * (name == "cut-data")])
+        elif name == "metadata-alone":
+            data.unlink()
+        elif name == "no-episodes":
+            metadata = json.loads((data.parent / "metadata.json").read_text())
+            (data.parent / "metadata.json").write_text(
+                json.dumps(metadata | {"total_episodes": 0, "total_steps": 0})
+            )
+        else:
+            with h5py.File(data, "a") as file:
+                episode = file["episode_1"]
+                if name == "nan":
+                    episode["observations"][2, 1] = np.nan
+                elif name == "nan-reward":
+                    episode["rewards"][2] = np.nan
+                else:
+                    field = "rewards" if name == "no-rewards" else "observations"
+                    del episode[field]
+                    if name == "words":
+                        episode[field] = np.full((6, 11), b"word")
+                    elif name == "narrow":
+                        episode[field] = np.zeros((6, 7))
+
+    for name in ("cut", "altered", "old", "other-lm"):
+        (folder / name).mkdir()
+        path, original = folder / name / "checkpoint.pt", trained[0] / "checkpoint.pt"
+        content = bytearray(original.read_bytes())
+        if name == "cut":
+            content = content[:-2000]
+        elif name == "altered":
+            middle = len(content) // 2
+            content[middle : middle + 200] = bytes(200)
+        path.write_bytes(content)
+        if name in ("old", "other-lm"):
+            checkpoint = torch.load(path, weights_only=True)
+            checkpoint["version"] -= name == "old"
+            checkpoint["header"]["lm_checksum"] = "0" * 64 if name == "other-lm" else None
+            torch.save(checkpoint, path)
+    return folder
+
+
+# What is asked for, and words of the one line that answers
+BAD_OPTIONS = [
+    ("--ratio 0", "--ratio"),
+    ("--ratio 1.5", "--ratio"),
+    ("--ratio nan", "--ratio"),
+    ("--ratio -0.1", "--ratio"),
+    ("--ratio ten", "--ratio"),
+    ("--steps 0", "--steps"),
+    ("--steps ten", "--steps"),
+    ("--steps 1.5", "--steps"),
+    ("--seed -1", "--seed"),
+    ("--seed 1000001", "--seed"),
+    ("--grad-clip 0", "--grad-clip"),
+    ("--nonsense", "--nonsense"),
+    ("--method bc", "--method"),
+    ("--embed conv", "--embed"),
+    ("--lr-schedule linear", "--lr-schedule"),
+    ("--dropout 2", "--dropout"),
+    ("--lora-dropout -1", "--lora-dropout"),
+    ("--targets", "--targets"),
+    ("--targets x", "--targets"),
+    ("--targets nan", "--targets"),
+    ("--episodes 0", "--episodes"),
+    ("--lora-rank -1", "--lora-rank"),
+    ("--lr -1", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--batch 0", "--batch"),
+    ("--context -1", "--context"),
+    ("--text-block 1", "--text-block"),
+    ("--eval-every 0", "--eval-every"),
+    ("--warmup -1", "--warmup"),
+    ("--lang-coef -1", "--lang-coef"),
+    ("--weight-decay -1", "--weight-decay"),
+    ("--layers 0", "--layers"),
+    ("--width 0", "--width"),
+    ("--heads 0", "--heads"),
+    ("--env", "--env"),
+    ("extra", "extra"),
+    ("--env humanoid", "choose from"),
+    ("--ratio 0.0001", "leaves none"),
+    ("--device cuda:99", "--device cuda:99"),
+    ("--device tpu", "--device"),
+    ("--lm none", "add --lang-coef 0"),
+    ("--lora-rank 0", "add --lang-coef 0"),
+    ("--train-trunk", "add --lora-rank 0"),
+    ("--text-block 512", "256 positions"),
+    ("--lm none --lang-coef 0 --heads 3", "not a multiple of --heads 3"),
+    ("--data {bad}/nowhere", "nowhere"),
+    ("--data {bad}/folder", "folder"),
+    ("--data {bad}/cut-data", "cut-data"),
+    ("--data {bad}/nan", "is not finite"),
+    ("--data {bad}/empty-data", "empty-data"),
+    ("--data {bad}/no-episodes", "leaves none"),
+    ("--data {bad}/metadata-alone", "metadata-alone"),
+    ("--data {bad}/no-rewards", "no-rewards"),
+    ("--data {bad}/nan-reward", "is not finite"),
+    ("--data {bad}/words", "words"),
+    ("--data {bad}/narrow", "narrow"),
+    ("--data {bad}/test/discrete-v0", "vectors of real numbers"),
+    ("--data no-such-name", "no-such-name"),
+    ("--lm {bad}/folder", "cannot find a GPT-2"),
+    ("--lm {bad}/no-json", "cannot find a GPT-2"),
+    ("--lm {bad}/no-tokenizer", "lacks weights|no file named"),
+    ("--lm {bad}/bert", "model_type bert"),
+    ("--lm {bad}/relu", "activation_function relu"),
+    ("--lm {bad}/unscaled", "scale_attn_weights False"),
+    ("--lm {bad}/by-layer", "inverse_layer_idx True"),
+    ("--lm {bad}/wide", "cannot load --lm"),
+    ("--lm {bad}/cut-weights", "is damaged, delete it"),
+    ("--lm {bad}/lacking-weights", "h.1.mlp.c_fc.weight"),
+    ("--lm {bad}/untied", "tie_word_embeddings False"),
+    ("--lm {bad}/inner", "n_inner 100"),
+    ("--lm {bad}/few-words", "100 tokens"),
+    ("--data=", "of farama-minari/"),
+    ("--text {bad}/short.txt", "--text-block"),
+    ("--text {bad}/empty.txt", "0 tokens"),
+    ("--text {bad}/binary.txt", "UTF-8"),
+    ("--text {bad}/missing.txt", "missing.txt"),
+    ("--text {bad}/folder", "folder"),
+    ("--out {bad}", "--out"),
+    ("--out {bad}/short.txt/run", "--out"),
+]
+
+BAD_RESUMES = [
+    ("--resume {bad}", "checkpoint.pt"),
+    ("--resume {bad}/nowhere", "checkpoint.pt"),
+    ("--resume {bad}/cut", "cut"),
+    ("--steps 1 --resume {bad}", "only --device may be given"),
+    ("--resume {bad}/altered", "checkpoint.pt"),
+    ("--resume {bad}/old", "version 2"),
+    ("--resume {bad}/other-lm", "is not the language model"),
+]
+
+BAD_EVALUATIONS = [
+    ("", "folder"),
+    ("{bad}", "checkpoint.pt"),
+    ("{bad}/cut", "cut"),
+    ("{bad}/altered", "checkpoint.pt"),
+    ("{bad}/other-lm", "is not the language model"),
+    ("{run} --seed -1", "--seed"),
+    ("{run} --episodes 0", "--episodes"),
+    ("{run} --video out.avi", "must end in .gif or .mp4"),
+    ("{run} --targets x", "--targets"),
+    ("{run} --device tpu", "tpu"),
+    ("{run} {run}", "unrecognized"),
+]
+
+
+CASES = [(lamo, *case) for case in BAD_OPTIONS + BAD_RESUMES]
+CASES += [(evaluation, *case) for case in BAD_EVALUATIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, options, words", CASES)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    module, options, words, bad, trained, tmp_path, monkeypatch, capsys
+):
+    options = options.format(bad=bad, run=trained[0]).split()
+    if module is lamo and "--resume" not in options:
+        options = ["--demo", "--steps", "1", "--text-block", "32", *options]
+        if "--out" not in options:
+            options += ["--out", str(tmp_path / "run")]
+    before = sorted(bad.rglob("*"))
+    program = f"{module.__name__}.py"
+    monkeypatch.setattr(sys, "argv", [program, *options])
+    with pytest.raises(SystemExit) as caught:
+        lamo.run_command(module.main, program)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith(f"{program}: error: ")
+    assert re.search(words, error), error
+    assert sorted(bad.rglob("*")) == before and not (tmp_path / "run").exists()
+
+
+WORD = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=8)
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.sampled_from([f"--{field.name.replace('_', '-')}" for field in fields(Config)]) | WORD,
+        max_size=4,
+    )
+)
+def test_any_command_line_is_refused_in_words_or_understood(arguments):
+    parser_errors = (InputError, SystemExit)
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(*parser_errors),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(lamo, "run", lambda *_: None)
+        patch.setattr(Path, "mkdir", lambda *_, **__: None)
+        with contextlib.redirect_stdout(io.StringIO()):
+            lamo.main(["--demo", *arguments])
+
+
+# ---------------------------------------------------------------------------- stopped, killed and resumed runs
+KILLS = int(os.environ.get("LAMO_KILLS", 2))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):
+    """LAMO_KILLS=100 python -m pytest -q -m slow -k killed: SIGKILL and SIGTERM at random moments, then --resume."""
+    often = "import lamo; lamo.SAVE_EVERY, lamo.LOG_EVERY = 0.02, 3; lamo.run_command(lamo.main, 'lamo.py')"
+    options = f"{SHORT} --steps 30 --eval-every 10 --lm {lm_folder} --out run".split()
+
+    def start(folder, *arguments):
+        folder.mkdir(exist_ok=True)
+        python = [sys.executable, "-c", often, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            python,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def wait_for_a_checkpoint(process, folder):
+        while not (folder / "run" / "checkpoint.pt").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+    def outcome(folder):
+        checkpoint = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+        scores, log = read_scores(folder / "run"), timeless_log(folder / "run")
+        return [weight.tolist() for weight in checkpoint["weights"].values()], scores, log
+
+    process = start(tmp_path / "whole", *options)
+    wait_for_a_checkpoint(process, tmp_path / "whole")
+    started = time.time()
+    assert process.wait() == 0
+    duration, expected = time.time() - started, outcome(tmp_path / "whole")
+    for number, moment in enumerate(np.random.default_rng(0).uniform(0, duration, KILLS)):
+        folder = tmp_path / str(number)
+        process = start(folder, *options)
+        wait_for_a_checkpoint(process, folder)
+        time.sleep(moment)
+        process.send_signal(signal.SIGTERM if number % 4 == 1 else signal.SIGKILL)
+        message = process.communicate()[1]
+        assert (
+            process.returncode in (0, -9, -15)
+            or "resume with: python lamo.py --resume run" in message
+        )
+        if number % 2:  # and once more, soon after it has gone on
+            process = start(folder, "--resume", "run")
+            time.sleep(2 + moment / 2)
+            process.kill()
+            process.wait()
+        process = start(folder, "--resume", "run")
+        assert process.wait() == 0, process.communicate()
+        assert outcome(folder) == expected
+        assert not list(folder.rglob("*.partial"))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_before_its_first_step_leaves_nothing(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, f"{HERE}/lamo.py", *SHORT.split(), "--out", out], stdout=subprocess.PIPE
+    )
+    while not out.exists():
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 1 and not out.exists()
+
+
+def test_a_process_that_is_not_the_first_removes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(lamo, "rank_and_world", lambda: (1, 2))
+    with pytest.raises(InputError, match="cannot find a GPT-2 at no/such"):
+        lamo.main(f"--demo --lm no/such --out {tmp_path}".split())
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_resumed_run_that_fails_keeps_its_folder(trained, tmp_path, monkeypatch):
+    out = shutil.copytree(trained[0], tmp_path / "run")
+
+    def fail(*_):
+        (out / "checkpoint.pt").unlink()
+        raise InputError("the checkpoint is gone")
+
+    monkeypatch.setattr(lamo, "run", fail)
+    with pytest.raises(InputError, match="the checkpoint is gone"):
+        lamo.main(["--resume", str(out)])
+    assert (out / "log.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_data_or_text_has_changed_is_not_resumed(tmp_path, lm_folder):
+    data, text, out = (
+        shutil.copytree(HOPPER.parent, tmp_path / "data"),
+        tmp_path / "text.txt",
+        tmp_path / "run",
+    )
+    text.write_text(20 * WORDS)
+    lamo.main(f"{SHORT} --data {data} --text {text} --lm {lm_folder} --out {out}".split())
+    lamo.main(["--resume", str(out)])
+    before = (out / "checkpoint.pt").read_bytes()
+    text.write_text(20 * WORDS + "the end")
+    with pytest.raises(InputError, match="text.txt is not what it was"):
+        lamo.main(["--resume", str(out)])
+    text.write_text(20 * WORDS)
+    with h5py.File(data / "data" / "main_data.hdf5", "a") as file:
+        for episode in file.values():
+            episode["actions"][0] = 0
+    with pytest.raises(InputError, match="--data .* is not what it was"):
+        lamo.main(["--resume", str(out)])
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    run = hopper_run(tmp_path / "run")
+    out = run["out"]
+    lamo.train(**run)
+    before = (out / "checkpoint.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        InputError, match="free some space, then start again, or --resume .*No space left on device"
+    ):
+        lamo.save(out / "checkpoint.pt", run["model"], HEADER, {})
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.partial"))
+
+
+def test_weights_of_a_model_with_other_names_are_refused():
+    model = tiny_lamo()
+    weights = {
+        name.replace("embed_state", "state_embedder"): weight
+        for name, weight in model.state_dict().items()
+    }
+    checkpoint = {"header": {"lm_checksum": None}, "weights": weights}
+    with pytest.raises(InputError, match="the checkpoint does not fit .*state_embedder"):
+        lamo.load_weights(model, checkpoint, None)
+
+
+@pytest.mark.slow
+def test_eval_command_and_video(trained, tmp_path):
+    folder, _ = trained
+    result = command("eval.py", folder, "--targets", 1500, "--video", tmp_path / "out.gif")
+    if "cannot render" in result.stderr:
+        pytest.skip("this machine has no OpenGL")
+    assert result.returncode == 0, result.stderr
+    row = read_scores(folder)["targets"]["1500"]
+    assert f"{row['return_mean']:.1f}" in result.stdout
+    with Image.open(tmp_path / "out.gif") as image:
+        assert image.info["duration"] == 40 and image.n_frames == math.ceil(
+            row["length_mean"] / 5
+        )  # Hopper: 125 Hz
+        first = np.asarray(image.convert("RGB")).astype(int)
+        image.seek(image.n_frames - 1)
+        assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
+
+
+@pytest.mark.slow
+def test_the_camera_follows_the_robot(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    env = Environments(gym.spec("Hopper-v5"), 1, "rgb_array").envs[0]
+    env.reset(seed=0)
+    pictures = []
+    for place in (0, 100):  # metres
+        position = env.unwrapped.data.qpos.copy()
+        position[0] = place
+        env.unwrapped.set_state(position, env.unwrapped.data.qvel)
+        try:
+            pictures.append(env.render().astype(int))
+        except Exception as error:
+            pytest.skip(f"this machine has no OpenGL ({error})")
+    brown = [((picture[..., 0] - picture[..., 2]) > 50).sum() for picture in pictures]
+    assert brown[0] > 1000 and brown[1] == pytest.approx(brown[0], rel=0.1)
+
+
+# ---------------------------------------------------------------------------- the hub
+@pytest.mark.parametrize(
+    "named, words",
+    [
+        ("--lm gpt2", "cannot find a GPT-2 at gpt2, in the cache or on the Hugging Face hub"),
+        (
+            "--data mujoco/hopper/medium-v0 --method dt",
+            "of farama-minari/mujoco in the cache or on",
+        ),
+        (
+            "--text wikitext --lm {lm} --text-block 32 --demo --steps 1",
+            "of Salesforce/wikitext in the cache or on",
+        ),
+        ("--device cpu", "cannot find a GPT-2 at gpt2"),
+    ],
+)
+def test_what_was_named_is_never_replaced(tmp_path, lm_folder, named, words):
+    with pytest.raises(InputError, match=words):
+        lamo.main([*named.format(lm=lm_folder).split(), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    config, _ = lamo.configure({"method": "dt", "data": str(HOPPER.parent)})
+    assert not config.demo and config.steps == 100_000 and config.env is None
+
+
+def test_without_the_hub_the_demo_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for options in ({}, {"method": "dt"}, {"env": "reacher2d"}):
+        config, title = lamo.configure(options)
+        assert "Hugging Face hub" in title and config.demo and config.steps == 1000
+    config, _ = lamo.configure({"env": "reacher2d", "method": "dt"})
+    assert (
+        not config.demo and config.steps == 100_000 and config.data == lamo.TASKS["reacher2d"].data
+    )
+    monkeypatch.setattr(lamo, "rank_and_world", lambda: (1, 2))
+    assert not lamo.configure({})[0].demo  # torchrun's processes could disagree
+
+
+def test_where_a_cached_dataset_is_damaged_the_demo_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = tmp_path / "minari" / lamo.TASKS["hopper"].data / "data"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text("{}")
+    (folder / "main_data.hdf5").write_text("not HDF5")
+    config, title = lamo.configure({"method": "dt"})
+    assert config.demo and "cannot use the dataset mujoco/hopper/medium-v0" in title
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Imitates the Hugging Face hub: `files` by path; `fault` is what goes wrong."""
+
+    files, fault = {}, None
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        data = self.files.get(self.path)
+        status = self.fault if isinstance(self.fault, int) else 200 if data else 404
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        if status == 200:
+            for name, value in (
+                ("ETag", f'"{zlib.crc32(data)}"'),
+                ("X-Repo-Commit", "c" * 40),
+                ("Content-Length", len(data)),
+            ):
+                self.send_header(name, value)
+        self.end_headers()
+        if status == 200 and body:
+            self.wfile.write(data if self.fault != "cut" or len(data) < 10_000 else data[:5000])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.slow
+def test_everything_comes_from_the_hub_and_stays_in_the_caches(tmp_path, lm_folder):
+    names = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
+    for name in names:
+        table = pyarrow.table({"text": [WORDS] * (400 if "train" in name else 90)})
+        parquet.write_table(table, tmp_path / name)
+        Hub.files[
+            f"/datasets/Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/{name}.parquet"
+        ] = (tmp_path / name).read_bytes()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        Hub.files[f"/gpt2/resolve/main/{name}"] = (lm_folder / name).read_bytes()
+    for name in ("main_data.hdf5", "metadata.json"):
+        path = f"/datasets/farama-minari/mujoco/resolve/main/hopper/medium-v0/data/{name}"
+        Hub.files[path] = (HOPPER / name).read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+    }
+    options = "--device cpu --steps 1 --episodes 1 --ratio 0.05 --text-block 32 --targets 800 --out".split()
+    for Hub.fault, words in (
+        (503, "does not answer"),
+        (403, "403"),
+        ("cut", "without sending complete message body"),
+        (None, ""),
+    ):
+        result = command("lamo.py", *options, tmp_path / "run", **hub)
+        assert words in result.stderr and (result.returncode == 2) == bool(words), result.stderr
+        assert result.stderr.count("Traceback") == 0
+    server.shutdown()
+    assert read_scores(tmp_path / "run")["dataset"] == "mujoco/hopper/medium-v0"
+    result = command("lamo.py", *options, tmp_path / "again", **hub)
+    assert result.returncode == 0 and "Retrying" not in result.stderr, result.stderr
+    assert read_scores(tmp_path / "again") == read_scores(tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------- CUDA
@@ -993,7 +2004,9 @@ def test_cuda_agrees_with_cpu(trained):
     on_cuda, _, header = lamo.load(trained[0], "cuda")
     trajectories = Trajectories.from_minari(minari.MinariDataset(HOPPER), 0.05, 0, device="cuda")
     batch = trajectories.batch(8, 20)
-    history = [*(batch[name] for name in HISTORY), batch["mask"].sum(dim=1)]
-    torch.testing.assert_close(on_cuda.act(*history).cpu(), on_cpu.act(*(x.cpu() for x in history)), atol=1e-3, rtol=0)
+    history = [*(batch[name] for name in HISTORY), (batch["weight"] > 0).sum(dim=1)]
+    torch.testing.assert_close(
+        on_cuda.act(*history).cpu(), on_cpu.act(*(x.cpu() for x in history)), atol=1e-3, rtol=0
+    )
     returns, _ = evaluation.rollout(on_cuda, Environments(gym.spec("Hopper-v5")), (1500,), 2, 0)
     assert np.isfinite(returns).all()

@@ -1,0 +1,50 @@
+"""The demo: small assets and settings, for a machine without a GPU or without the Hugging Face hub."""
+
+import torch
+
+NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
+
+# Minutes on two CPU cores.
+SETTINGS = {
+    "lm": "demo/gpt2-tiny",
+    "layers": 3,
+    "width": 128,
+    "heads": 4,
+    "dropout": 0.0,
+    "text": "demo/text.txt",
+    "text_block": 256,
+    "steps": 1000,
+    "batch": 32,
+    "lr_schedule": "cosine",
+    "warmup": 100,
+    "eval_every": 1000,
+}
+TUNED = {  # by results/make.py
+    "lamo": {"lr": 1e-2, "lora_rank": 64},
+    "dt": {"lr": 1e-2, "dropout": 0.1},
+    "wiki-rl": {"lr": 3e-3},
+}
+
+
+def settings(env, method):
+    """Return the demo's options for a task and a method, as a dict."""
+    return SETTINGS | TUNED[method] | {"data": f"demo/lamo/{env}/demo-v0"}
+
+
+def reason(given, fetch):
+    """Return why a run takes the demo, in words, or None if it does not.
+
+    Args:
+        given: the options on the command line, by name.
+        fetch: gets the files of the paper's run; raises ValueError if it cannot.
+    """
+    if given.get("demo"):
+        return "--demo"
+    if given.keys() & {"lm", "data", "text", "device"}:
+        return None  # what the user chose is never replaced
+    if not torch.cuda.is_available():
+        return "no CUDA GPU; to train with the paper's settings anyway, add --device cpu"
+    try:
+        fetch()
+    except ValueError as error:
+        return str(error)

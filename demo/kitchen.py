@@ -42,7 +42,9 @@ class Cook:
     SPEED = 0.8  # of the hand, metres per second
     NEAR = 0.035  # metres to a way point at which the next one is taken
     PATIENCE = 25  # steps after which it is taken anyway
-    POSTURE = np.array([0.15, -1.5, 1.84, -2.48, 0.26, 0.71, 1.6])  # joint angles, nearly those of the start
+    POSTURE = np.array(
+        [0.15, -1.5, 1.84, -2.48, 0.26, 0.71, 1.6]
+    )  # joint angles, nearly those of the start
 
     def __init__(self, env, subtasks, attempts, rng):
         self.env, self.subtasks, self.attempts, self.rng = env.unwrapped, subtasks, attempts, rng
@@ -89,13 +91,21 @@ class Cook:
 
         def joint_velocities(free):  # (7,) whether a joint may move
             moving = jacobian * free
-            inverse = moving.T @ np.linalg.inv(moving @ moving.T + 1e-3 * np.eye(6))  # damped least squares
-            null_space = np.eye(7) - inverse @ moving  # what does not move the hand keeps the arm in its posture
-            return inverse @ np.append(velocity, rotation) + null_space @ (3 * (self.POSTURE - data.qpos[:7]))
+            inverse = moving.T @ np.linalg.inv(
+                moving @ moving.T + 1e-3 * np.eye(6)
+            )  # damped least squares
+            null_space = (
+                np.eye(7) - inverse @ moving
+            )  # what does not move the hand keeps the arm in its posture
+            return inverse @ np.append(velocity, rotation) + null_space @ (
+                3 * (self.POSTURE - data.qpos[:7])
+            )
 
         low, high = model.jnt_range[:7].T
         reached = data.qpos[:7] + 2 * dt * joint_velocities(np.ones(7))
         velocities = joint_velocities((low < reached) & (reached < high))
         against_gravity = data.qfrc_bias[:7] / model.actuator_gainprm[:7, 0] / dt
-        action = np.append((velocities + against_gravity) / 2, [fingers, fingers])  # 2 rad/s are an action of 1
+        action = np.append(
+            (velocities + against_gravity) / 2, [fingers, fingers]
+        )  # 2 rad/s are an action of 1
         return action + self.noise * self.rng.standard_normal(9)

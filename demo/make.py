@@ -45,7 +45,9 @@ class Task:
 
     env_id: str
     dataset_steps: int  # environment steps in the dataset
-    reference: tuple[float, float]  # returns that score 0 and 100: D4RL's; reacher2d: none and all steps
+    reference: tuple[
+        float, float
+    ]  # returns that score 0 and 100: D4RL's; reacher2d: none and all steps
     ppo_steps: int = 0  # environment steps that PPO may use; 0: the scripted controller
     noise: float = 1.0  # exploration noise of an episode, at most, in units of PPO's
     subtasks: tuple[str, ...] = ()  # of the kitchen, as in D4RL's set of this name
@@ -55,10 +57,14 @@ class Task:
 kitchen = partial(Task, "gymnasium_robotics:FrankaKitchen-v1", reference=(0.0, 4.0))
 TASKS = {
     "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000),
-    "halfcheetah": Task("HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000, noise=1.5),
+    "halfcheetah": Task(
+        "HalfCheetah-v5", 50_000, (-280.178953, 12135.0), ppo_steps=1_000_000, noise=1.5
+    ),
     "walker2d": Task("Walker2d-v5", 50_000, (1.629008, 4592.3), ppo_steps=1_000_000, noise=1.5),
     "reacher2d": Task("demo.reacher2d:lamo/Reacher2d-v0", 10_000, (0.0, 100.0)),
-    "kitchen-complete": kitchen(3_000, subtasks=("microwave", "kettle", "light switch", "slide cabinet")),
+    "kitchen-complete": kitchen(
+        3_000, subtasks=("microwave", "kettle", "light switch", "slide cabinet")
+    ),
     "kitchen-partial": kitchen(
         10_000, subtasks=("microwave", "kettle", "light switch", "slide cabinet"), attempts=(2, 4)
     ),
@@ -84,7 +90,9 @@ class Snapshot:
 
     @torch.no_grad()
     def act(self, observation):
-        normalised = torch.as_tensor((observation - self.mean) / self.std, dtype=torch.float32).clamp(-10, 10)
+        normalised = torch.as_tensor(
+            (observation - self.mean) / self.std, dtype=torch.float32
+        ).clamp(-10, 10)
         distribution = self.policy.get_distribution(normalised[None]).distribution
         mean, std = distribution.mean[0].numpy(), distribution.stddev[0].numpy()
         return mean + self.noise * std * self.rng.standard_normal(len(mean))
@@ -111,14 +119,22 @@ def train_ppo(name, task, steps, seed, rng):
                 copy = type(self.model.policy).load(memory, device="cpu")
                 snapshots.append(Snapshot(copy, self.training_env.obs_rms, task.noise, rng))
                 returns = [episode["r"] for episode in self.model.ep_info_buffer]
-                print(f"{name}: PPO step {self.num_timesteps:9,d}, return {np.mean(returns):7.1f}", flush=True)
+                print(
+                    f"{name}: PPO step {self.num_timesteps:9,d}, return {np.mean(returns):7.1f}",
+                    flush=True,
+                )
 
         _on_training_end = _on_rollout_start
 
     torch.set_num_threads(1)  # the networks are too small for more
     envs = VecNormalize(make_vec_env(task.env_id, 8, seed))
     schedule = lambda left: 3e-4 * left  # falls to 0
-    size = {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "policy_kwargs": {"log_std_init": -0.5}}
+    size = {
+        "n_steps": 256,
+        "batch_size": 256,
+        "n_epochs": 10,
+        "policy_kwargs": {"log_std_init": -0.5},
+    }
     PPO("MlpPolicy", envs, schedule, **size, seed=seed, device="cpu").learn(steps, Keep())
     return snapshots
 
@@ -185,10 +201,14 @@ def make_dataset(name, folder, steps, seed):
     kwargs = {"tasks_to_complete": list(task.subtasks)} if task.subtasks else {}
     with gym.make(task.env_id, **kwargs) as env:
         if task.ppo_steps:
-            ppo_steps = min(task.ppo_steps, 20 * steps)  # a small dataset comes from a short training
+            ppo_steps = min(
+                task.ppo_steps, 20 * steps
+            )  # a small dataset comes from a short training
             policies = train_ppo(name, task, ppo_steps, seed, rng)
             tries = [collect(env, [policy], np.ones(1), steps // 10, seed) for policy in policies]
-            best = np.argmax([np.mean([episode.rewards.sum() for episode in tried]) for tried in tries])
+            best = np.argmax(
+                [np.mean([episode.rewards.sum() for episode in tried]) for tried in tries]
+            )
             shares = np.full(len(policies), 0.5 / len(policies))
             shares[best] += 0.5
             algorithm = f"PPO, {len(policies)} snapshots of one training of {ppo_steps} steps"
@@ -196,7 +216,11 @@ def make_dataset(name, folder, steps, seed):
             policies, shares = [Cook(env, task.subtasks, task.attempts, rng)], np.ones(1)
             algorithm = "resolved-rate control along way points"
         else:
-            policies, shares, algorithm = [Reacher(rng)], np.ones(1), "Jacobian-transpose control of varying strength"
+            policies, shares, algorithm = (
+                [Reacher(rng)],
+                np.ones(1),
+                "Jacobian-transpose control of varying strength",
+            )
         episodes = collect(env, policies, shares, steps, seed)
         write_dataset(name, folder, env, episodes, task.reference, algorithm)
     returns = np.array([episode.rewards.sum() for episode in episodes])
@@ -219,7 +243,9 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
         dataset_id,
         episodes,
         env=env,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, episodes[0].observations[0].shape, np.float32),
+        observation_space=gym.spaces.Box(
+            -np.inf, np.inf, episodes[0].observations[0].shape, np.float32
+        ),
         algorithm_name=algorithm,
         author="LaMo contributors",
         author_email="none",
@@ -231,13 +257,18 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
     )
     path = folder / dataset_id / "data" / "main_data.hdf5"
     packed = path.with_suffix(".packed")
-    with h5py.File(path) as source, h5py.File(packed, "w", libver="latest", track_order=True) as target:
+    with (
+        h5py.File(path) as source,
+        h5py.File(packed, "w", libver="latest", track_order=True) as target,
+    ):
 
         def copy(key, item):
             if isinstance(item, h5py.Group):
                 made = target.require_group(key)
             else:
-                made = target.create_dataset(key, data=item[()], compression="gzip", compression_opts=9, shuffle=True)
+                made = target.create_dataset(
+                    key, data=item[()], compression="gzip", compression_opts=9, shuffle=True
+                )
             made.attrs.update(item.attrs)
 
         source.visititems(copy)
@@ -268,7 +299,11 @@ def documents():
                 if path.suffix == ".py":
                     tree = ast.parse(path.read_text("utf-8"))
                     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-                    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes)]
+                    found = [
+                        ast.get_docstring(node)
+                        for node in ast.walk(tree)
+                        if isinstance(node, nodes)
+                    ]
                 elif path.suffix in (".rst", ".md", ".txt") or path.name == "METADATA":
                     found = [path.read_text("utf-8")]
                 else:
@@ -277,7 +312,11 @@ def documents():
                 continue  # unreadable, or Python of another version
             for text in found:
                 # Lists of files and tables of numbers are not English: most characters must be letters or spaces.
-                words = text and len(text) > 60 and sum(c.isalpha() or c.isspace() for c in text) > 0.75 * len(text)
+                words = (
+                    text
+                    and len(text) > 60
+                    and sum(c.isalpha() or c.isspace() for c in text) > 0.75 * len(text)
+                )
                 if words and text not in seen:
                     seen.add(text)
                     yield text.strip() + "\n"
@@ -292,11 +331,17 @@ def make_corpus(folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts = list(documents())
         bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+        bpe.train_from_iterator(
+            texts, VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False
+        )
         bpe.save_model(str(folder))
-        ids = [np.array(encoding.ids + [0], np.uint16) for encoding in bpe.encode_batch(texts)]  # 0: end of text
+        ids = [
+            np.array(encoding.ids + [0], np.uint16) for encoding in bpe.encode_batch(texts)
+        ]  # 0: end of text
         np.save(folder / "held_out.npy", np.concatenate(ids[::50]))
-        np.save(folder / "train.npy", np.concatenate([tokens for k, tokens in enumerate(ids) if k % 50]))
+        np.save(
+            folder / "train.npy", np.concatenate([tokens for k, tokens in enumerate(ids) if k % 50])
+        )
     tokenizer = GPT2TokenizerFast.from_pretrained(folder, model_max_length=POSITIONS)
     return tokenizer, np.load(folder / "held_out.npy"), np.load(folder / "train.npy")
 
@@ -307,11 +352,16 @@ def make_language_model(name, target, build, steps, seed):
     from transformers.trainer_utils import get_last_checkpoint
 
     tokenizer, *corpus = make_corpus(build / "corpus")
-    held_out, train = (tokens[: len(tokens) // POSITIONS * POSITIONS].astype(np.int64) for tokens in corpus)
+    held_out, train = (
+        tokens[: len(tokens) // POSITIONS * POSITIONS].astype(np.int64) for tokens in corpus
+    )
     counts = np.bincount(train, minlength=VOCABULARY) + 1
-    unigram = -np.log(counts / counts.sum())[held_out].mean()  # cross-entropy of a unigram model, add-one smoothed
+    unigram = -np.log(counts / counts.sum())[
+        held_out
+    ].mean()  # cross-entropy of a unigram model, add-one smoothed
     print(
-        f"{name}: {len(train):,} tokens to train on, {len(held_out):,} held out, unigram {unigram:.3f} nats", flush=True
+        f"{name}: {len(train):,} tokens to train on, {len(held_out):,} held out, unigram {unigram:.3f} nats",
+        flush=True,
     )
     set_seed(seed)
     no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -325,13 +375,19 @@ def make_language_model(name, target, build, steps, seed):
         save_total_limit=1, seed=seed, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     blocks = [
-        [{"input_ids": block, "labels": block} for block in torch.from_numpy(tokens).view(-1, POSITIONS)]
+        [
+            {"input_ids": block, "labels": block}
+            for block in torch.from_numpy(tokens).view(-1, POSITIONS)
+        ]
         for tokens in (train, held_out)
     ]
     model = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, **ends))
     trainer = Trainer(model, arguments, train_dataset=blocks[0], eval_dataset=blocks[1])
     trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.exists() else None)
-    print(f"{name}: {steps} steps, held out {trainer.evaluate()['eval_loss']:.3f} nats per token", flush=True)
+    print(
+        f"{name}: {steps} steps, held out {trainer.evaluate()['eval_loss']:.3f} nats per token",
+        flush=True,
+    )
     model.half().cpu().save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -367,9 +423,13 @@ def draw_returns(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=[*TASKS, *LANGUAGE_MODELS, "text", "picture"], help="make this one")
     parser.add_argument(
-        "--steps", type=int, help="environment steps of a dataset; training steps of the language model"
+        "--only", choices=[*TASKS, *LANGUAGE_MODELS, "text", "picture"], help="make this one"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="environment steps of a dataset; training steps of the language model",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
@@ -382,7 +442,9 @@ def main():
         elif name == "text":
             (options.out / "text.txt").write_text("\n".join(topics.values()), "utf-8")
         elif name in LANGUAGE_MODELS:
-            make_language_model(name, options.out / name, build, options.steps or 6000, options.seed)
+            make_language_model(
+                name, options.out / name, build, options.steps or 6000, options.seed
+            )
         else:
             make_dataset(name, options.out, options.steps, options.seed)
 

@@ -15,12 +15,17 @@ class Reacher2d(MujocoEnv):
     |dx| + |dy| < 0.1 m between fingertip and goal, else 0. An episode has 100 steps of 0.15 s.
     """
 
-    metadata = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 7}
+    metadata = {
+        "render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"],
+        "render_fps": 7,
+    }
 
     def __init__(self, **kwargs):
         model = Path(__file__).resolve().with_suffix(".xml")
         space = gym.spaces.Box(-np.inf, np.inf, (12,), np.float64)
-        super().__init__(str(model), frame_skip=15, observation_space=space, camera_name="top", **kwargs)
+        super().__init__(
+            str(model), frame_skip=15, observation_space=space, camera_name="top", **kwargs
+        )
 
     def step(self, action):
         self.do_simulation(np.clip(action, -1, 1), self.frame_skip)
@@ -39,8 +44,14 @@ class Reacher2d(MujocoEnv):
         return self._observation()
 
     def _observation(self):
-        angles, tip, goal = self.data.qpos, self.data.site("fingertip").xpos[:2], self.data.body("goal").xpos[:2]
-        return np.concatenate([np.sin(angles), np.cos(angles), self.dt * self.data.qvel, tip, goal, tip - goal])
+        angles, tip, goal = (
+            self.data.qpos,
+            self.data.site("fingertip").xpos[:2],
+            self.data.body("goal").xpos[:2],
+        )
+        return np.concatenate(
+            [np.sin(angles), np.cos(angles), self.dt * self.data.qvel, tip, goal, tip - goal]
+        )
 
 
 gym.register("lamo/Reacher2d-v0", entry_point="demo.reacher2d:Reacher2d", max_episode_steps=100)

@@ -22,7 +22,17 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = ["task", "method", "options", "seed", "best_target", "best_return", "best_score", "mean_return", "mean_score"]
+COLUMNS = [
+    "task",
+    "method",
+    "options",
+    "seed",
+    "best_target",
+    "best_return",
+    "best_score",
+    "mean_return",
+    "mean_score",
+]
 COLUMNS += ["text_loss_before", "text_loss_after", "commit"]
 TASKS = {
     "hopper": "--env hopper",
@@ -81,7 +91,9 @@ GRID = {
     "dt": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
     "wiki-rl": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
 } | {
-    variant: grid(LEARNING_RATES, [""] if "--lora-rank 0" in METHODS[variant] else ["--lora-rank 64"])
+    variant: grid(
+        LEARNING_RATES, [""] if "--lora-rank 0" in METHODS[variant] else ["--lora-rank 64"]
+    )
     for variant in VARIANTS | LARGER
 }
 
@@ -98,10 +110,16 @@ def train(job):
     task, method, options, seed = job
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = f"lamo.py --demo {TASKS[task]} {METHODS[method]} {options} --seed {seed} --out {out}"
+        command = (
+            f"lamo.py --demo {TASKS[task]} {METHODS[method]} {options} --seed {seed} --out {out}"
+        )
         threads = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *command.split()], cwd=HERE.parent, env=threads, capture_output=True, text=True
+            [sys.executable, *command.split()],
+            cwd=HERE.parent,
+            env=threads,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             return print(*job, "failed:", done.stderr.splitlines()[-1], flush=True)
@@ -120,7 +138,12 @@ def train(job):
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        writer.writerow(
+            {
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+        )
     print(*job, f"{best['return_mean']:.2f}", flush=True)
 
 
@@ -136,7 +159,10 @@ def tuned(method):
     run([(task, method, options, TUNING_SEED) for options in GRID[method] for task in TUNING_TASKS])
     rows, failed = finished(), {"best_score": "-inf"}  # failed: printed by train
     scores = {
-        options: [float(rows.get((task, method, options, TUNING_SEED), failed)["best_score"]) for task in TUNING_TASKS]
+        options: [
+            float(rows.get((task, method, options, TUNING_SEED), failed)["best_score"])
+            for task in TUNING_TASKS
+        ]
         for options in GRID[method]
     }
     return max(scores, key=lambda options: np.mean(scores[options]))
@@ -144,11 +170,15 @@ def tuned(method):
 
 def main():
     if not (HERE.parent / "demo/gpt2-mini").exists():
-        sys.exit("the larger language model is missing; first make it, in hours: python demo/make.py --only gpt2-mini")
+        sys.exit(
+            "the larger language model is missing; first make it, in hours: python demo/make.py --only gpt2-mini"
+        )
     for tasks, methods in QUESTIONS:
         best = {method: tuned(method) for method in methods}
         print(best, flush=True)
-        run([(task, *setting, seed) for task in tasks for seed in SEEDS for setting in best.items()])
+        run(
+            [(task, *setting, seed) for task in tasks for seed in SEEDS for setting in best.items()]
+        )
 
 
 if __name__ == "__main__":

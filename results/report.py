@@ -17,9 +17,21 @@ from results.make import COMPARED, HERE, LARGER, SEEDS, VARIANTS, finished
 from results.plot import STYLES, draw_interval, interval
 
 NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
-MAIN = ["hopper", "hopper 10%", "hopper delayed", "halfcheetah", "halfcheetah 10%", "walker2d", "walker2d 10%"]
+MAIN = [
+    "hopper",
+    "hopper 10%",
+    "hopper delayed",
+    "halfcheetah",
+    "halfcheetah 10%",
+    "walker2d",
+    "walker2d 10%",
+]
 MAIN += ["reacher2d", "kitchen-complete", "kitchen-mixed", "kitchen-partial"]
-SHARES = [task for name in ("hopper", "kitchen-partial") for task in (name, f"{name} 30%", f"{name} 10%", f"{name} 3%")]
+SHARES = [
+    task
+    for name in ("hopper", "kitchen-partial")
+    for task in (name, f"{name} 30%", f"{name} 10%", f"{name} 3%")
+]
 COMPARISONS = {  # methods and tasks, by picture
     "methods.png": ([*COMPARED], MAIN),
     "parts.png": (["lamo", *VARIANTS], MAIN),
@@ -33,7 +45,11 @@ def read_table():
     groups = defaultdict(dict)
     for (task, method, _, seed), row in finished().items():
         groups[task, method][seed] = row
-    return {key: [rows[seed] for seed in SEEDS] for key, rows in groups.items() if rows.keys() >= set(SEEDS)}
+    return {
+        key: [rows[seed] for seed in SEEDS]
+        for key, rows in groups.items()
+        if rows.keys() >= set(SEEDS)
+    }
 
 
 def column(rows, name):
@@ -52,7 +68,9 @@ def write_table(table, tasks, methods):
     for task in tasks:
         cells = []
         for method in methods:
-            returns, over_targets = (column(table[task, method], name) for name in ("best_return", "mean_return"))
+            returns, over_targets = (
+                column(table[task, method], name) for name in ("best_return", "mean_return")
+            )
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
             cells.append(
                 f"{returns.mean():.{digits}f} ± {returns.std(ddof=1):.{digits}f} ({over_targets.mean():.{digits}f})"
@@ -64,7 +82,9 @@ def write_table(table, tasks, methods):
     cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval(group)) for group in scores]
     lines.append(f"| score, interquartile mean and 95 % interval | {' | '.join(cells)} |")
     cells = ["{:+.1f} ({:.1f} to {:.1f})".format(*interval(group, mean)) for group in differences]
-    lines.append(f"| mean difference from {NAMES[methods[0]]}, seed by seed | | {' | '.join(cells)} |")
+    lines.append(
+        f"| mean difference from {NAMES[methods[0]]}, seed by seed | | {' | '.join(cells)} |"
+    )
     return lines
 
 
@@ -83,14 +103,24 @@ def draw(table, tasks, methods, path):
             if row == 0:
                 axes.axvspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
             if len(group) == 1:
-                axes.plot(scores[0], np.full(len(scores[0]), -row - 0.25), ".", color=style["color"], markersize=3)
+                axes.plot(
+                    scores[0],
+                    np.full(len(scores[0]), -row - 0.25),
+                    ".",
+                    color=style["color"],
+                    markersize=3,
+                )
         axes.set_title(group[0] if len(group) == 1 else "all of these", fontsize="medium")
     for axes in panels.flat[len(groups) - columns : len(groups)]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
     for axes in panels.flat[len(groups) :]:
         axes.set_visible(False)
-    panels[0, 0].set_yticks([-row for row in range(len(methods))], [NAMES.get(method, method) for method in methods])
-    panels[0, 0].set(xlim=(min(0, panels[0, 0].get_xlim()[0]), None), ylim=(-len(methods) + 0.4, 0.6))
+    panels[0, 0].set_yticks(
+        [-row for row in range(len(methods))], [NAMES.get(method, method) for method in methods]
+    )
+    panels[0, 0].set(
+        xlim=(min(0, panels[0, 0].get_xlim()[0]), None), ylim=(-len(methods) + 0.4, 0.6)
+    )
     figure.supxlabel("score of the best target", fontsize="medium")
     figure.savefig(path, dpi=150)
 

@@ -1,4 +1,7 @@
-"""Where the time of a run goes: python lamo.py ... --profile"""
+"""Show where the time of a run goes. Takes the options of lamo.py and leaves nothing behind.
+
+python -m results.timing --env hopper --ratio 0.1
+"""
 
 import resource
 import sys
@@ -10,52 +13,84 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lamo
-from eval import ALIVE
+from eval import NUM_ENVS
 
 
-def count_flops(function, vocabulary, tokens):
-    """Floating-point operations of the matrix products in a function, which predicts `tokens` tokens of text."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # not every other kernel is counted
+def count_flops(function):
+    """Return the floating-point operations of the matrix products in a function."""
+    # The counter knows the products of plain attention, not those of every faster kernel.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
-    products = 2 + vocabulary.requires_grad  # hidden in F.linear_cross_entropy: forward, and backward to what needs it
-    return counter.get_total_flops() + 2 * products * tokens * vocabulary.numel()
+    return counter.get_total_flops()
 
 
-def profile(model, trajectories, text, environments, config):
-    """Print what a training step and an evaluation of this Config take: medians of five calls, after one to warm up."""
+def profile(config, model, trajectories, text, environments):
+    """Print the time of a training step, of its parts, and of an evaluation.
+
+    Each figure is the median of five calls, after one to warm up. Parts are timed by themselves, so
+    they need not add up to the whole step.
+    """
 
     def seconds(function):
-        waiting = lambda: (function(), torch.zeros(1, device=config.device).item())  # until a GPU is done
-        return np.median(timeit.repeat(waiting, number=1, repeat=6)[1:])
+        def wait():
+            function()
+            torch.zeros(1, device=config.device).item()  # a GPU works on while Python goes ahead
+
+        return np.median(timeit.repeat(wait, number=1, repeat=6)[1:])
 
     optimizer = lamo.make_optimizer(model.train(), config)
-    windows = trajectories.batch(config.batch, config.context)
-    parts = {"sampling": seconds(lambda: trajectories.batch(config.batch, config.context))}
-    parts["trajectories"] = seconds(lambda: model.action_loss(windows).backward())
+    batch, tokens = lamo.draw(trajectories, text, config, 0)
+
+    def step():
+        batch, tokens = lamo.draw(trajectories, text, config, 0)
+        action_loss, language_loss = model(batch, tokens)
+        optimizer.zero_grad()
+        (action_loss + config.lang_coef * language_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+
+    parts = {
+        "drawing": seconds(lambda: lamo.draw(trajectories, text, config, 0)),
+        "trajectories": seconds(lambda: model.action_loss(batch).backward()),
+    }
     if text:
-        crops = text.batch(config.text_batch).to(config.device)
-        parts["sampling"] += seconds(lambda: text.batch(config.text_batch).to(config.device))
-        parts["text"] = seconds(lambda: model.language_loss(crops).backward())
+        parts["text"] = seconds(lambda: model.trunk.language_loss(tokens).backward())
     parts["optimiser"] = seconds(optimizer.step)
-    step = lambda: lamo.training_step(model, optimizer, trajectories, text, 0, config)
     parts["whole step"] = whole = seconds(step)
     for name, part in parts.items():
         print(f"{name:12} {1000 * part:10.2f} ms {part / whole:7.1%}")
 
-    speed = count_flops(step, model.gpt2.wte.weight, crops[:, 1:].numel() if text else 0) / whole / 1e9
-    matrix = torch.rand(4096, 4096, device=config.device, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    # Beside the speed of the step, that of the fastest thing the machine does
+    speed = count_flops(step) / whole / 1e9
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    matrix = torch.rand(4096, 4096, device=config.device, dtype=dtype)
     peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
-    print(f"speed        {speed:10,.0f} GFLOP/s, {speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # in bytes
-    if model.state_mean.is_cuda:
+    print(f"speed        {speed:10,.0f} GFLOP/s, ", end="")
+    print(f"{speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
+    if torch.device(config.device).type == "cuda":
         memory = torch.cuda.max_memory_allocated(config.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f"peak memory  {memory / 2**30:10.2f} GiB")
 
-    rows = range(environments.grow(ALIVE))
-    list(environments.threads.map(environments.reset, rows, rows))
+    # An evaluation: simulating, and asking the policy
+    rows = range(environments.ready(NUM_ENVS))
+    environments.reset(rows, list(rows))
     actions = [environments.action_space.sample() for _ in rows]
-    stepping = seconds(lambda: list(environments.threads.map(environments.step, rows, actions))) / len(rows)
+    stepping = seconds(lambda: environments.step(rows, actions)) / len(rows)
     history = trajectories.batch(len(rows), config.context)
-    lengths = history.pop("mask").sum(dim=1)
+    lengths = (history.pop("weight") > 0).sum(dim=1)
     acting = seconds(lambda: model.eval().act(**history, lengths=lengths)) / len(rows)
     print(f"evaluation   {1 / stepping:10,.0f} environment steps/s, {1 / acting:,.0f} actions/s")
+
+
+def main(arguments):
+    config, title = lamo.configure(lamo.parse(arguments, "results.timing"))
+    print(title)
+    config, _, model, trajectories, text, environments = lamo.prepare(config, title)
+    profile(config, model, trajectories, text, environments)
+
+
+if __name__ == "__main__":
+    lamo.run_command(main, "results.timing")
