@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,12 +21,12 @@ from farama_notifications import notifications
 from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
-notifications.pop("gymnasium_robotics", None)  # a notice about other environments than the kitchen
+notifications.pop("gymnasium_robotics", None)  # silences a notice about other environments
 NUM_ENVS = 20  # at a time; one of the kitchen takes 90 MB
 
 
 def vector(observation):
-    """Return what a policy sees of an observation or a space: of a dict, the entry `observation`."""
+    """Return what a policy sees of an observation or a space: the entry `observation` of a dict."""
     is_dict = isinstance(observation, (dict, gym.spaces.Dict))
     return observation["observation"] if is_dict else observation
 
@@ -73,11 +74,11 @@ class Environments:
     def reset(self, rows, seeds):
         """Start episodes in some rows. Returns what `step` returns, with a reward of 0."""
 
-        def start(env, seed):
+        def reset(env, seed):
             observation, _ = env.reset(seed=seed)
             return observation, 0.0, False, False, {}
 
-        return list(self.threads.map(self._attempt, rows, [start] * len(rows), seeds))
+        return list(self.threads.map(partial(self._attempt, reset), rows, seeds))
 
     def step(self, rows, actions):
         """Take a step in some rows.
@@ -85,10 +86,13 @@ class Environments:
         Returns for each row (observation (S,), reward, whether the episode has ended), or
         (None, NaN, True) where the simulator fails.
         """
-        step = type(self.envs[0]).step
-        return list(self.threads.map(self._attempt, rows, [step] * len(rows), actions))
 
-    def _attempt(self, row, function, argument):
+        def step(env, action):
+            return env.step(action)
+
+        return list(self.threads.map(partial(self._attempt, step), rows, actions))
+
+    def _attempt(self, function, row, argument):
         try:
             observation, reward, terminated, truncated, _ = function(self.envs[row], argument)
             observation = vector(observation)
@@ -102,7 +106,7 @@ class Environments:
 
 
 class Histories:
-    """The last K steps of several episodes at once, as arrays that start at the left of each window."""
+    """The last K steps of several episodes, one row for each, starting at the left of the row."""
 
     def __init__(self, rows, K, S, A):
         self.returns_to_go = np.zeros((rows, K), np.float32)
@@ -121,7 +125,7 @@ class Histories:
             array[row] = 0
 
     def add(self, row, return_to_go, state, timestep):
-        """Add a step, whose action is not known yet. In a full window the oldest step makes room."""
+        """Add a step whose action is not known yet. In a full row, drop the oldest step."""
         if self.lengths[row] == self.timesteps.shape[1]:
             for array in self.arrays():
                 array[row, :-1] = array[row, 1:]
@@ -136,33 +140,35 @@ class Histories:
 @torch.no_grad()
 def rollout(
     policy, environments, targets, episodes, seed, delayed=False, frames=None, frame_every=1
-):  # fmt: skip
-    """Run `episodes` episodes for each target, several at a time. Where one ends, the next one starts.
+):
+    """Run `episodes` episodes for each target, several at a time. Where one ends, another starts.
 
     Args:
-        policy: a torch module in evaluation mode, on the device to use. It has `context` (K, the steps
-            that it sees), `max_timesteps`, and `act(returns_to_go (B, K), states (B, K, S),
+        policy: a torch module in evaluation mode, on the device to use. It has `context` (K, the
+            steps that it sees), `max_timesteps`, and `act(returns_to_go (B, K), states (B, K, S),
             actions (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act.
         environments: an Environments.
         targets: returns to condition the policy on.
         seed: episode i of each target starts from the environment's seed `seed + i`.
         delayed: rewards count at the end of an episode, so that the return-to-go stays the target.
-        frames: a list that gets a picture (H, W, 3) of the first environment every `frame_every` steps.
+        frames: a list that gets a picture (H, W, 3) every `frame_every` steps of a single episode.
     Returns:
         returns, lengths: arrays (targets, episodes). A return is NaN if the simulator failed.
     """
     device = next(policy.parameters()).device
     K, S = policy.context, environments.observation_space.shape[0]
     space = environments.action_space
-    asked = np.repeat(np.asarray(targets, np.float32), episodes)  # the target of each episode
-    returns, lengths = np.zeros(len(asked)), np.zeros(len(asked), int)
-    waiting = list(range(len(asked)))
+    target_of = np.repeat(np.asarray(targets, np.float32), episodes)
+    returns, lengths = np.zeros(len(target_of)), np.zeros(len(target_of), int)
+    waiting = list(range(len(target_of)))
 
     # Each row is an environment, with the number of the episode that it runs, or -1.
-    rows = environments.ready(len(asked))
+    rows = environments.ready(len(target_of))
     episode = np.full(rows, -1)
     histories = Histories(rows, K, S, space.shape[0])
-    progress = tqdm(total=len(asked), desc="simulating", unit="episode", leave=False, disable=None)
+    progress = tqdm(
+        total=len(target_of), desc="simulating", unit="episode", leave=False, disable=None
+    )
 
     def end(row):
         episode[row] = -1
@@ -180,7 +186,7 @@ def rollout(
                 returns[episode[row]] = reward
                 end(row)
             else:
-                histories.add(row, asked[episode[row]], state, 0)
+                histories.add(row, target_of[episode[row]], state, 0)
 
         # Ask the policy for the actions. The batch always has NUM_ENVS rows, some of them repeated,
         # because rounding depends on the size of a batch, and returns must not.
@@ -192,7 +198,7 @@ def rollout(
         actions = actions.astype(space.dtype)
         histories.actions[running, histories.lengths[running] - 1] = actions
 
-        # Step the environments. What is left to reach is the target minus the rewards so far.
+        # Step the environments.
         steps = environments.step(running, actions)
         if frames is not None and lengths[0] % frame_every == 0:
             frames.append(environments.envs[0].render())
@@ -203,6 +209,7 @@ def rollout(
             if ended or lengths[number] == policy.max_timesteps:
                 end(row)
                 continue
+            # The return-to-go is the target minus the rewards so far.
             return_to_go = histories.returns_to_go[row, histories.lengths[row] - 1]
             if not delayed:
                 return_to_go -= reward
@@ -271,7 +278,7 @@ def format_scores(scores, reference):
 
 
 def record(policy, spec, target, seed, path, delayed=False):
-    """Write a .gif or .mp4 of an episode, rendered without a screen; return its return and length."""
+    """Write a .gif or .mp4 of an episode; return the episode's return and its length in steps."""
     import imageio.v2 as imageio
 
     environments = Environments(spec, num_envs=1, render_mode="rgb_array")
@@ -295,7 +302,11 @@ def main(arguments):
     add("folder", help="folder of a run of lamo.py")
     add("--targets", type=float, nargs="+", help="target returns; default: the run's")
     add("--episodes", type=count, help="episodes per target; default: the run's")
-    add("--seed", type=any_seed, help="seed of the first episode; default: the run's")
+    add(
+        "--seed",
+        type=any_seed,
+        help="environment's seed of the first episode; default: 10,000 * --seed",
+    )
     add("--device", default=lamo.Config.device, help="cpu, cuda, cuda:1, ...")
     add("--video", metavar="FILE", help="render an episode of the best target to a .gif or .mp4")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""LaMo: a pre-trained language model becomes a decision transformer for offline reinforcement learning.
+"""LaMo turns a pre-trained language model into a decision transformer for offline RL.
 
 A reference implementation, in one file, of "Unleashing the Power of Pre-trained Language Models for
 Offline Reinforcement Learning" (Shi et al., ICLR 2024, https://arxiv.org/abs/2310.20587).
@@ -12,12 +12,14 @@ LaMo has four parts. Each stands in one place:
   3. MLPs embed returns, states and actions                   Embedder
   4. a language loss on text joins the action loss            LaMo.forward, train
 
-    python lamo.py --env hopper --ratio 0.1                                       # CPU or one GPU
-    torchrun --standalone --nproc-per-node 8 lamo.py --env hopper --ratio 0.1     # several GPUs
+    python lamo.py --env hopper --ratio 0.1                                      # one GPU
+    torchrun --standalone --nproc-per-node 2 lamo.py --env hopper --ratio 0.1    # two GPUs
 
-In shapes, B is the batch, K the steps of a window, D the model's width, S the size of a state, A that
-of an action, and T a number of tokens. Returns, states and actions are in the environment's units
-unless a comment says otherwise.
+Without a GPU, the first command runs a small demo and says so.
+
+Shapes: B windows in a batch, K steps in a window, D the width of the model, S the size of a state,
+A the size of an action, T tokens. Returns, states and actions are in the environment's units,
+except where a comment says otherwise.
 """
 
 import argparse
@@ -61,7 +63,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class InputError(ValueError):
-    """A mistake of the user. The command line prints the message, one line, and exits with code 2."""
+    """A user error. The command line prints it as one line, and exits with code 2."""
 
 
 # -------------------------------------------------------------------------------- tasks and methods
@@ -118,12 +120,12 @@ METHODS = {  # what each method changes in the defaults of Config
         "lm": "none", "layers": 3, "width": 128, "heads": 1,
         "lora_rank": 0, "train_trunk": True, "embed": "linear", "lang_coef": 0.0,
     },
-    # Wiki-RL (Reid et al. 2022), of whose losses it has the language loss alone
+    # Wiki-RL (Reid et al. 2022), with its language loss only
     "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},
 }
 # fmt: on
 
-# What a dataset without a task has; None: it is taken from the data.
+# For a dataset that belongs to no task. None means: taken from the data.
 OTHER_TASK = Task(None, None, None, return_scale=None, context=20, reference=(0, 100))
 
 
@@ -149,11 +151,11 @@ def number(kind, low, high=math.inf):
 
 COUNT = number(int, 1)
 COUNT_OR_ZERO = number(int, 0)
-AMOUNT = number(float, 0)
+AMOUNT = number(float, 0, 1e9)
 SHARE = number(float, 0, 1)
 
 
-GROUPS = {  # of options, by their first one
+GROUPS = {  # of options in --help, each by its first option
     "env": "data",
     "method": "model",
     "lang_coef": "text",
@@ -165,7 +167,7 @@ GROUPS = {  # of options, by their first one
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. The command line is made from them; the defaults are the authors'."""
+    """The settings of a run, and the options of the command line. The defaults are the authors'."""
 
     # data
     env: str | None = option("hopper", "task; default: hopper, or the dataset's", choices=[*TASKS])
@@ -175,12 +177,14 @@ class Config:
 
     # model
     method: str = option("lamo", "LaMo, Decision Transformer or Wiki-RL", choices=[*METHODS])
-    lm: str = option("gpt2", "GPT-2, name on the hub or folder; none: random weights, no text")
+    lm: str = option(
+        "gpt2", "GPT-2, hub name or folder; none: random weights, no text (--lang-coef 0)"
+    )
     lora_rank: int = option(16, "rank r of LoRA; 0: no LoRA", type=COUNT_OR_ZERO)
     lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", type=AMOUNT)
-    lora_dropout: float = option(0.1, "dropout on the input of LoRA", type=SHARE)
+    lora_dropout: float = option(0.1, "dropout on LoRA's input", type=SHARE)
     train_trunk: bool = option(False, "train all weights of the trunk", action="store_true")
-    embed: str = option("mlp", "embedders and action head", choices=["mlp", "linear"])
+    embed: str = option("mlp", "kind of embedders and action head", choices=["mlp", "linear"])
     context: int | None = option(
         None, "K, steps that the policy sees; default: the task's", type=COUNT
     )
@@ -210,18 +214,18 @@ class Config:
         None, "target returns; default: the task's", type=number(float, -1e9, 1e9), nargs="+"
     )
     episodes: int = option(20, "episodes per target", type=number(int, 1, 10_000))
-    eval_every: int = option(2500, "training steps between evaluations", type=COUNT)
+    eval_every: int = option(2500, "training steps between two evaluations", type=COUNT)
 
     # run
     seed: int = option(0, "seed of everything random", type=number(int, 0, 1_000_000))
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
-    out: str | None = option(None, "folder; default: runs/<env>-<method>-<ratio>-<seed>")
-    demo: bool = option(False, "take from demo/ whatever is not given", action="store_true")
+    out: str | None = option(None, "folder; default: runs/<env or data>-<method>-<ratio>-<seed>")
+    demo: bool = option(False, "use demo/ for everything not given", action="store_true")
 
 
 # -------------------------------------------------------------------------------- LoRA: part 2
 class LoRALinear(nn.Module):
-    """y = W x + b + (alpha / r) B A dropout(x), where W is frozen and b, A, B train (Hu et al. 2021).
+    """y = W x + b + (alpha / r) B A dropout(x): W is frozen; b, A and B train (Hu et al. 2021).
 
     A fused layer, such as GPT-2's queries, keys and values, has several `parts`. Each part has an
     A (r, in) and a B (out / parts, r) of its own.
@@ -313,8 +317,6 @@ class GPT2(nn.Module):
         bf16=False,
     ):  # fmt: skip
         super().__init__()
-        if n_embd % n_head > 0:
-            raise InputError(f"--width {n_embd} is not a multiple of --heads {n_head}")
         self.width, self.vocab_size, self.n_positions = n_embd, vocab_size, n_positions
         self.bf16 = bf16
         self.wte = nn.Embedding(vocab_size, n_embd)
@@ -351,13 +353,16 @@ class GPT2(nn.Module):
         return model
 
     def add_lora(self, rank, alpha, dropout):
-        """Freeze all weights, then add LoRA to the queries, keys and values of each block: part 2."""
+        """Freeze all weights, then add LoRA to queries, keys and values: LaMo's part 2.
+
+        As in the authors' code, the biases of the adapted layers train, too.
+        """
         self.requires_grad_(False)
         for block in self.h:
             block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout)
 
     def forward(self, x):
-        """Embeddings (B, T, D) -> hidden states (B, T, D). A token sees itself and those before it."""
+        """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.drop(x)
             for block in self.h:
@@ -376,9 +381,12 @@ class GPT2(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-# -------------------------------------------------------------------------------- LaMo: parts 3 and 4
+# -------------------------------------------------------------------------------- LaMo: parts 3, 4
 class Embedder(nn.Module):
-    """h = W1 x + b1, e = h + W2 gelu(h) + b2: LaMo's part 3 (paper, section 4). (..., size) -> (..., D)"""
+    """h = W1 x + b1, e = h + W2 gelu(h) + b2: LaMo's part 3 (paper, section 4).
+
+    (..., size) -> (..., D)
+    """
 
     def __init__(self, size, width):
         super().__init__()
@@ -393,8 +401,9 @@ class Embedder(nn.Module):
 class LaMo(nn.Module):
     """A return-conditioned policy on the trunk of a language model.
 
-    A window of K steps becomes 3 K tokens R_0, s_0, a_0, R_1, s_1, ..., and the output at s_t predicts
-    a_t (Decision Transformer, Chen et al. 2021). The tokens of a step share a timestep embedding.
+    A window of K steps becomes 3 K tokens: R_0, s_0, a_0, R_1, s_1, and so on. The output at s_t
+    predicts a_t (Decision Transformer, Chen et al. 2021). The tokens of a step share a timestep
+    embedding.
 
     Args:
         trunk: a GPT2, or what has the same methods; see its docstring.
@@ -402,8 +411,8 @@ class LaMo(nn.Module):
         context: K.
         max_timesteps: length of the longest episode, in steps.
         return_scale: returns are divided by it.
-        state_mean, state_std: statistics of the data, (S,) each.
-        action_low, action_high: bounds of the actions, (A,) each.
+        state_mean, state_std: statistics of the data, lists of S floats.
+        action_low, action_high: bounds of the actions, lists of A floats.
     """
 
     def __init__(
@@ -438,9 +447,10 @@ class LaMo(nn.Module):
         return (actions - self.action_center) / self.action_radius
 
     def embed_window(self, returns_to_go, states, actions, timesteps):
-        """Return the tokens (B, 3 K, D) of windows (B, K), (B, K, S), (B, K, A), (B, K).
+        """Return the tokens (B, 3 K, D) of windows.
 
-        A window of fewer than K steps is padded on the right, where causal attention ignores it.
+        The windows are returns_to_go (B, K), states (B, K, S), actions (B, K, A), timesteps (B, K).
+        One of fewer than K steps is padded on the right, where causal attention never looks.
         """
         tokens = [
             self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale),
@@ -452,7 +462,10 @@ class LaMo(nn.Module):
         return tokens.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
 
     def predict(self, returns_to_go, states, actions, timesteps):
-        """Predict the action of each step from what comes before it: (B, K, A), with bounds -1 and 1."""
+        """Predict the action of each step from what precedes it.
+
+        Returns (B, K, A), so scaled that the bounds of the actions are -1 and 1, but not clamped.
+        """
         hidden = self.trunk(self.embed_window(returns_to_go, states, actions, timesteps))
         return self.action_head(hidden[:, 1::3])  # the outputs at the states
 
@@ -460,8 +473,8 @@ class LaMo(nn.Module):
     def act(self, returns_to_go, states, actions, timesteps, lengths):
         """Return the next actions (B, A) after histories of at most K steps.
 
-        `lengths` (B,) says how many steps of each window are real. The action of the last one is what
-        is asked for; its entry in `actions` is ignored.
+        The first `lengths` (B,) steps of a window are real. The action of the last of them is to be
+        found; what `actions` holds in its place is ignored.
         """
         hidden = self.trunk(self.embed_window(returns_to_go, states, actions, timesteps))
         newest_state = 3 * (lengths - 1) + 1
@@ -470,7 +483,7 @@ class LaMo(nn.Module):
         return predicted.clamp(-1, 1) * self.action_radius + self.action_center
 
     def action_loss(self, batch):
-        """Return the mean squared error over the real steps of a batch of Trajectories, and over A."""
+        """Return the mean squared error of scaled actions, over A and the real steps of a batch."""
         predicted = self.predict(
             batch["returns_to_go"], batch["states"], batch["actions"], batch["timesteps"]
         )
@@ -490,7 +503,7 @@ class LaMo(nn.Module):
 
 # -------------------------------------------------------------------------------- data
 class Trajectories:
-    """Trajectories as flat tensors of N steps, from which a batch is one gather.
+    """Trajectories as flat tensors of N steps, so that drawing a batch is one indexing operation.
 
     Args:
         observations, actions, rewards: an array (T, S), (T, A), (T,) for each trajectory.
@@ -509,13 +522,14 @@ class Trajectories:
 
         returns_to_go = [reward[::-1].cumsum()[::-1] for reward in rewards]
         timesteps = [np.arange(length) for length in self.lengths]
-        last = self.lengths.cumsum() - 1  # index of each trajectory's last step
+        last = self.lengths.cumsum() - 1  # of each trajectory
         self.states = torch.tensor(states, dtype=torch.float32, device=device)  # (N, S)
         self.actions = torch.tensor(actions, dtype=torch.float32, device=device)  # (N, A)
         self.returns_to_go = torch.tensor(
             np.concatenate(returns_to_go), dtype=torch.float32, device=device
         )  # (N,)
         self.timesteps = torch.tensor(np.concatenate(timesteps), device=device)  # (N,)
+        # For each step, the index of the last step of its trajectory
         self.last = torch.tensor(np.repeat(last, self.lengths), device=device)  # (N,)
 
     @classmethod
@@ -544,9 +558,9 @@ class Trajectories:
     def batch(self, size, context):
         """Draw random windows: a start uniformly over all steps, and the steps that follow it.
 
-        Returns a dict: returns_to_go (B, K), states (B, K, S), actions (B, K, A), timesteps (B, K) and
-        weight (B, K). Where a trajectory ends within a window, its last step fills the rest with a
-        weight of 0. The real steps have equal weights that add up to 1.
+        Returns a dict: returns_to_go (B, K), states (B, K, S), actions (B, K, A), timesteps (B, K),
+        weight (B, K). Where a trajectory ends inside a window, its last step fills the rest with
+        weight 0. The real steps have equal weights, which add up to 1.
         """
         start = torch.randint(len(self.states), (size, 1), device=self.states.device)
         steps = start + torch.arange(context, device=start.device)  # (B, K)
@@ -620,8 +634,9 @@ def make_optimizer(model, config):
 def train(model, trajectories, text, environments, config, header, out, checkpoint=None):
     """Train a LaMo and evaluate it; return the scores of the last evaluation.
 
-    The folder `out` gets log.jsonl and checkpoint.pt. `header` describes the run in both. A run goes on
-    from a checkpoint as if it had never stopped. Without text (None), there is no language loss.
+    The folder `out` gets log.jsonl and checkpoint.pt; both contain `header`, which describes the
+    run. From a checkpoint, a run goes on as if it had never stopped. Without text (None), it has no
+    language loss.
     """
     optimizer = make_optimizer(model, config)
     if checkpoint:
@@ -633,12 +648,12 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     model.train()
 
     with caught_signals() as signals:
-        steps = range(recorder.start, config.steps + 1)  # each number is that of the steps taken
+        steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
             stopping = in_any_process(len(signals) > 0)
 
-            # Log the mean losses. Only here are they read from the device, so that a GPU need not wait.
+            # Log the mean losses. Until then they stay on the device, so that a GPU need not wait.
             if evaluating or step % LOG_EVERY == 0:
                 recorder.log_losses(step, optimizer.param_groups[0]["lr"])
 
@@ -668,7 +683,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             action_loss, language_loss = learner(batch, tokens)
             loss = action_loss + config.lang_coef * language_loss
 
-            # Gradients reach LoRA, embedders and action head; the frozen trunk has none.
+            # Gradients reach what trains: LoRA, embedders and action head, not the frozen weights.
             optimizer.zero_grad()
             loss.backward()
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -687,9 +702,8 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 def draw(trajectories, text, config, step):
     """Return a training step's batch of windows, and of text (None without it).
 
-    Each step has a seed of its own, so that a resumed run draws what it would have drawn. Under
-    torchrun every process draws the same batch and takes its share, so that together they compute what
-    one process would.
+    Each step has its own seed, so that a resumed run draws what it would have drawn. Under torchrun
+    all processes draw the same batch, and each takes its share: together they do what one would.
     """
     seed = config.seed * config.steps + step
     torch.manual_seed(seed)
@@ -706,7 +720,7 @@ def draw(trajectories, text, config, step):
 
 
 def first_seed(config):
-    """Return the simulator's seed of a run's first evaluation episode; no two --seed share one."""
+    """Return the simulator's seed of the first evaluation episode; no two --seed share one."""
     return 10_000 * config.seed
 
 
@@ -714,8 +728,8 @@ def first_seed(config):
 def caught_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that a run stops between two steps.
 
-    A second signal ends the run at once. A thread other than the main one cannot catch signals; there
-    the list stays empty.
+    A second signal ends the run at once. Only the main thread can catch signals; in any other, the
+    list stays empty.
     """
     signals = []
 
@@ -737,9 +751,9 @@ def caught_signals():
 
 
 class Recorder:
-    """Writes a run's log.jsonl and checkpoint.pt, and knows where a resumed run goes on.
+    """Writes a run's log.jsonl and checkpoint.pt, and knows where a resumed run continues.
 
-    All that is logged passes through `log`: to use another logger, call it there. Only the first
+    All that is logged passes through `log`. To use another logger, call it there. Only the first
     process of torchrun writes.
     """
 
@@ -761,8 +775,9 @@ class Recorder:
 
     def log(self, values):
         """Write a dict as a line of log.jsonl."""
-        if self.writes:
-            print(json.dumps(values), file=self.file, flush=True)
+        if not self.writes:
+            return
+        print(json.dumps(values), file=self.file, flush=True)
 
     def add(self, losses):
         """Keep the losses of a step, which may still be on the device."""
@@ -783,7 +798,7 @@ class Recorder:
                     )
 
     def log_losses(self, step, lr):
-        """Log the mean losses since the last time, with the learning rate and the time of a step."""
+        """Log the mean losses since the last time, the learning rate, and the time of a step."""
         self.read_losses(step)
         if not self.losses:
             return
@@ -817,7 +832,7 @@ class Recorder:
 
 # -------------------------------------------------------------------------------- several GPUs
 def join_processes():
-    """Under torchrun, which starts a process for each GPU, become one of them. The first one prints."""
+    """Join the processes that torchrun started, one for each GPU. Only the first of them prints."""
     if "LOCAL_RANK" not in os.environ:
         return
     if torch.cuda.is_available():
@@ -830,14 +845,14 @@ def join_processes():
 
 
 def rank_and_world():
-    """Return the number of this process among those of torchrun, from 0, and how many there are."""
+    """Return the rank of this process among those of torchrun, and how many there are."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def distribute(model, text):
-    """Return the model, under torchrun so wrapped that gradients are averaged over the processes."""
+    """Return the model; under torchrun, wrap it so that processes average their gradients."""
     if not dist.is_initialized():
         return model
     # Without text, the token embeddings of a trunk that trains get no gradient.
@@ -982,7 +997,7 @@ def load_text(lm, text, block):
 
 
 def load_dataset(name):
-    """Return the MinariDataset of a folder, or of an id: from where Minari keeps it, or from the hub."""
+    """Return the MinariDataset of a folder or an id, from Minari's own folder or from the hub."""
     minari_root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     for folder in (Path(name), HERE / name, Path(minari_root) / name):
         # A download that Minari did not finish leaves metadata.json alone.
@@ -995,6 +1010,7 @@ def load_dataset(name):
     return minari.MinariDataset(path.parent)
 
 
+# -------------------------------------------------------------------------------- environments
 def recorded_rewards(dataset, episode):
     """Return the rewards (T,) of an episode.
 
@@ -1061,7 +1077,7 @@ def save(path, model, header, state):
 
 
 def read_checkpoint(folder):
-    """Return the checkpoint of a run's folder, a dict: header, weights, and the state of training."""
+    """Return the checkpoint of a run: a dict of header, weights and the state of training."""
     path = Path(folder) / "checkpoint.pt"
     with on_error(f"cannot read {path}; give the folder of a run"):
         if zipfile.ZipFile(path).testzip():  # PyTorch does not look for damage
@@ -1090,6 +1106,7 @@ def load(folder, device="cpu"):
     checkpoint = read_checkpoint(folder)
     header = checkpoint["header"]
     config = Config(**header["config"] | {"device": device})
+    check_device(device)
     trunk, lm_checksum = build_trunk(config)
     model = LaMo(trunk, config.embed, config.context, **header["arguments"]).to(device)
     load_weights(model, checkpoint, lm_checksum)
@@ -1097,16 +1114,22 @@ def load(folder, device="cpu"):
 
 
 # -------------------------------------------------------------------------------- runs
+def check_device(device):
+    """Raise InputError if this machine lacks a device. On a GPU, let PyTorch multiply in TF32."""
+    with on_error(f"cannot use --device {device}; name one that this machine has"):
+        torch.zeros(1, device=device)
+    torch.set_float32_matmul_precision("high")
+
+
 def build_trunk(config):
     """Return the GPT2 of a Config, and the checksum of its weights (None if they are random)."""
-    with on_error(f"cannot use --device {config.device}; name one that this machine has"):
-        torch.zeros(1, device=config.device)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    torch.manual_seed(config.seed)
-    lm_checksum = None
     if config.lm == "none":
-        shape = config.width, config.layers, config.heads
-        trunk = GPT2(0, 0, *shape, config.dropout, config.bf16)
+        if config.width % config.heads > 0:
+            raise InputError(f"--width {config.width} is not a multiple of --heads {config.heads}")
+        no_text = {"vocab_size": 0, "n_positions": 0}
+        shape = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
+        trunk = GPT2(**no_text, **shape, dropout=config.dropout, bf16=config.bf16)
+        lm_checksum = None
     else:
         trunk = GPT2.from_pretrained(config.lm, config.dropout, config.bf16)
         lm_checksum = checksum(trunk.state_dict().values())
@@ -1123,6 +1146,8 @@ def prepare(config, title):
     made from), LaMo, Trajectories, Text (None without it) and Environments.
     """
     task = TASKS.get(config.env, OTHER_TASK)
+    check_device(config.device)
+    torch.manual_seed(config.seed)
 
     # The language model comes first: a wrong name shows before anything large is downloaded.
     trunk, lm_checksum = build_trunk(config)
@@ -1134,7 +1159,7 @@ def prepare(config, title):
         trajectories = Trajectories.from_minari(
             dataset, config.ratio, config.seed, config.delayed, config.device
         )
-        check_shapes(trajectories, environments)
+    check_shapes(trajectories, environments)
     returns = trajectories.returns
     count = f"{len(returns)} of {dataset.total_episodes} trajectories"
     print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
@@ -1165,14 +1190,18 @@ def prepare(config, title):
     print(f"model   {config.method} on {config.lm}: {trained:,} of {total:,} parameters train")
 
     # Text, for the language loss
-    text, arrays = None, [trajectories.states, trajectories.actions, trajectories.returns_to_go]
+    text, text_loss = None, None
     if config.lang_coef > 0:
         text = load_text(config.lm, config.text, config.text_block)
         check_text(text, trunk)
-        arrays += [text.tokens, text.held_out]
+        text_loss = text.held_out_loss(model.eval().trunk)
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, ", end="")
         print(f"{len(text.held_out):,} held out")
 
+    # All that the run is made from
+    arrays = [trajectories.states, trajectories.actions, trajectories.returns_to_go]
+    if text:
+        arrays += [text.tokens, text.held_out]
     command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     packages = "torch", "transformers", "gymnasium", "mujoco", "minari"
@@ -1183,7 +1212,7 @@ def prepare(config, title):
         "reference": reference,
         "env_spec": spec.to_json(),
         "trajectories": len(returns),
-        "text_loss": text and text.held_out_loss(model.eval().trunk),
+        "text_loss": text_loss,
         "lm_checksum": lm_checksum,
         "data_checksum": checksum(arrays),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -1194,11 +1223,15 @@ def prepare(config, title):
 
 def check_shapes(trajectories, environments):
     """Raise InputError if the data and its environment do not fit each other."""
-    spaces = environments.observation_space, environments.action_space
-    for array, space in zip((trajectories.states, trajectories.actions), spaces):
-        if array.shape[1:] != space.shape:
+    for name, array, space in (
+        ("observations", trajectories.states, environments.observation_space),
+        ("actions", trajectories.actions, environments.action_space),
+    ):
+        ours, theirs = tuple(array.shape[1:]), space.shape
+        if ours != theirs:
+            env_id = environments.spec.id
             raise InputError(
-                f"the data has {tuple(array.shape[1:])}, its environment {space.shape}"
+                f"the data has {name} of shape {ours}, its environment {env_id} {theirs}"
             )
 
 
@@ -1211,7 +1244,7 @@ def check_text(text, trunk):
 
 
 def default_targets(returns):
-    """Return the best return of the data, and a worse one: half of it, or twice if it is negative."""
+    """Return the best return of the data and a worse one: half of it; if negative, twice."""
     best = float(returns.max())
     if best == 0:
         return [best]
@@ -1256,7 +1289,12 @@ def run(config, title, out, checkpoint=None):
 def parse(arguments, program="lamo.py"):
     """Return the options that a command line gives, as a dict."""
     parser = argparse.ArgumentParser(
-        program, usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], allow_abbrev=False
+        program,
+        usage=argparse.SUPPRESS,
+        description=__doc__.split("\n")[0],
+        epilog="The defaults are those of --method lamo and the paper. The other methods change some,"
+        " and the demo, which runs by itself where there is no GPU, changes more.",
+        allow_abbrev=False,
     )
     for item in fields(Config):
         keywords = dict(item.metadata)
@@ -1266,7 +1304,7 @@ def parse(arguments, program="lamo.py"):
             keywords["help"] += f"; default: {item.default}"
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, **keywords)
-    resume = {"metavar": "FOLDER", "help": "go on with a run that was stopped"}
+    resume = {"metavar": "FOLDER", "help": "resume a run that was stopped"}
     group.add_argument("--resume", default=argparse.SUPPRESS, **resume)
     return vars(parser.parse_args(arguments))
 
@@ -1318,11 +1356,14 @@ def check_options(config):
         raise InputError("--train-trunk trains all weights, LoRA freezes them; add --lora-rank 0")
     world = rank_and_world()[1]
     if config.batch % world > 0 or (config.lang_coef > 0 and config.text_batch % world > 0):
-        raise InputError(f"--batch and --text-batch must be multiples of the {world} processes")
+        given = f"they are {config.batch} and {config.text_batch}"
+        raise InputError(
+            f"--batch and --text-batch must be multiples of {world} processes; {given}"
+        )
 
 
 def fetch(config):
-    """Get the files of a run into the caches. Raises InputError if one cannot be had."""
+    """Download a run's files into the caches. Raises InputError if one cannot be had."""
     if config.lm != "none":
         load_gpt2(config.lm)
     with on_error(f"cannot use the dataset {config.data}"):
@@ -1366,7 +1407,7 @@ def main(arguments):
 
 
 def run_command(main, program):
-    """Call main with the command line's arguments; end with one line and code 2 on an InputError."""
+    """Call main with the command line's arguments; a mistake ends in one line and code 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing half-written stays
     try:
         main(sys.argv[1:])
@@ -1375,6 +1416,25 @@ def run_command(main, program):
         print(f"{program}: error: {error}", file=stream)
         sys.exit(2)
 
+
+# What `uv run lamo.py` installs: the first part of requirements.txt
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6,<3",
+#     "transformers>=4.46,<6",
+#     "huggingface_hub>=0.26,<3",
+#     "gymnasium[mujoco]>=1.2,<1.5",
+#     "mujoco>=3.5,<3.9",
+#     "gymnasium-robotics>=1.4,<1.5",
+#     "farama-notifications>=0.0.4",
+#     "minari[arrow,hdf5,hf]>=0.5.3,<0.6",
+#     "numpy>=1.26",
+#     "pyarrow>=17",
+#     "imageio[ffmpeg]>=2.34",
+#     "tqdm>=4.66",
+# ]
+# ///
 
 if __name__ == "__main__":
     run_command(main, "lamo.py")

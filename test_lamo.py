@@ -81,7 +81,7 @@ def authors_lm(tmp_path_factory):
     weights = {
         name.removeprefix("lm/"): recorded(name) for name in AUTHORS.files if name.startswith("lm/")
     }
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -1414,6 +1414,14 @@ def test_a_new_task_works_and_names_the_demo_data_it_lacks(tmp_path, monkeypatch
     assert (config.targets, config.data) == ([900], str(HOPPER.parent))
 
 
+def test_uv_run_installs_what_requirements_say():
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", (HERE / "lamo.py").read_text())[1]
+    dependencies = re.findall(r'"(.+)",', block)
+    for_a_run, _ = (HERE / "requirements.txt").read_text().split("\n\n")
+    assert dependencies == for_a_run.splitlines()[1:]
+    assert 'requires-python = ">=3.10"' in block
+
+
 @pytest.mark.slow
 def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
     for script, *arguments in (
@@ -1472,10 +1480,10 @@ def bad(tmp_path_factory, lm_folder, trained):
     weights.write_bytes(weights.read_bytes()[:5000])
     tensors = load_file(folder / "lacking-weights" / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]
-    save_file(tensors, folder / "lacking-weights" / "model.safetensors")
+    save_file(tensors, folder / "lacking-weights" / "model.safetensors", {"format": "pt"})
     words = load_file(folder / "few-words" / "model.safetensors")
     words["transformer.wte.weight"] = words["transformer.wte.weight"][:100]
-    save_file(words, folder / "few-words" / "model.safetensors")
+    save_file(words, folder / "few-words" / "model.safetensors", {"format": "pt"})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
@@ -1984,11 +1992,12 @@ def test_everything_comes_from_the_hub_and_stays_in_the_caches(tmp_path, lm_fold
     for Hub.fault, words in (
         (503, "does not answer"),
         (403, "403"),
-        ("cut", "without sending complete message body"),
+        ("cut", "complete message body|IncompleteRead"),
         (None, ""),
     ):
         result = command("lamo.py", *options, tmp_path / "run", **hub)
-        assert words in result.stderr and (result.returncode == 2) == bool(words), result.stderr
+        assert re.search(words, result.stderr), result.stderr
+        assert (result.returncode == 2) == bool(words)
         assert result.stderr.count("Traceback") == 0
     server.shutdown()
     assert read_scores(tmp_path / "run")["dataset"] == "mujoco/hopper/medium-v0"

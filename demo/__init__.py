@@ -1,4 +1,4 @@
-"""The demo: small assets and settings, for a machine without a GPU or without the Hugging Face hub."""
+"""The demo: small assets and settings for a machine without a GPU or the Hugging Face hub."""
 
 import torch
 

@@ -259,7 +259,7 @@ def write_dataset(name, folder, env, episodes, reference, algorithm):
     packed = path.with_suffix(".packed")
     with (
         h5py.File(path) as source,
-        h5py.File(packed, "w", libver="latest", track_order=True) as target,
+        h5py.File(packed, "w", libver=("v110", "v110"), track_order=True) as target,
     ):
 
         def copy(key, item):

@@ -103,7 +103,7 @@ def test_reacher2d_starts_pays_and_ends_as_the_authors():
 
 def test_demo_model_equals_transformers_and_knows_english():
     folder = HERE / "demo" / "gpt2-tiny"
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = GPT2LMHeadModel.from_pretrained(folder).float().eval()
     ours = GPT2.from_pretrained("demo/gpt2-tiny").eval()
     sentence = "Return True if the object is a subclass of the given class, and False otherwise."
     tokens = torch.tensor(
