@@ -303,13 +303,14 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with the parameter names of its published checkpoints.
 
-    It is the trunk of LaMo. Any module can take its place that has
+    It is the trunk of LaMo. Return another module from `build_trunk`, and that is the trunk. It needs
 
         width                            D
         forward(x)                       embeddings (B, T, D) -> hidden states (B, T, D), causal
         language_loss(tokens)            token ids (B, T) -> mean cross-entropy of the next token
-        add_lora(rank, alpha, dropout)   freezes the module and adds LoRA to it
-        vocab_size, n_positions          bounds of token ids and of the length of text
+        vocab_size, n_positions          bounds of token ids, and of the length of a text
+
+    The last two lines are for the language loss only.
     """
 
     def __init__(
@@ -1329,8 +1330,6 @@ def configure(given):
         settings = demo.settings(config.env, config.method)
         config = with_task(Config(**settings | method | given | {"demo": True}))
         title = f"{demo.NOTICE} ({reason})"
-        if "data" not in given and not find_local(config.data):
-            raise InputError(f"demo/ has no data for --env {config.env}; give --data ({reason})")
     check_options(config)
     return config, title
 

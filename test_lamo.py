@@ -3,6 +3,7 @@ authors' code, transformers, a plain loop, one environment at a time.
 """
 
 import contextlib
+import functools
 import http.server
 import io
 import itertools
@@ -46,7 +47,6 @@ from eval import Environments
 from lamo import GPT2, Config, InputError, LaMo, LoRALinear, Text, Trajectories
 
 HERE = Path(__file__).resolve().parent
-AUTHORS = np.load(HERE / "results" / "authors.npz")
 HISTORY = "returns_to_go", "states", "actions", "timesteps"
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning"
@@ -68,8 +68,14 @@ def cpu_config(**changes):
 
 
 # ---------------------------------------------------------------------------- the authors' code
+@functools.cache
+def authors():
+    """What the authors' code computes, by name."""
+    return np.load(HERE / "results" / "authors.npz")
+
+
 def recorded(name):
-    return torch.from_numpy(AUTHORS[name])
+    return torch.from_numpy(authors()[name])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,9 @@ def authors_lm(tmp_path_factory):
     shape = {"vocab_size": 48, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
     weights = {
-        name.removeprefix("lm/"): recorded(name) for name in AUTHORS.files if name.startswith("lm/")
+        name.removeprefix("lm/"): recorded(name)
+        for name in authors().files
+        if name.startswith("lm/")
     }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -90,11 +98,11 @@ def authors_lamo(authors_lm):
     """The authors' tiny LaMo: ours with their weights. Dropout is 0, as where they recorded training steps."""
     gpt2 = GPT2.from_pretrained(authors_lm, dropout=0.0)
     gpt2.add_lora(rank=16, alpha=32, dropout=0.0)
-    states = AUTHORS["state_mean"].tolist(), AUTHORS["state_std"].tolist()
+    states = authors()["state_mean"].tolist(), authors()["state_std"].tolist()
     model = LaMo(gpt2, "mlp", 6, 20, 1000.0, *states, [-1.0, -1.0], [1.0, 1.0])
     theirs = {
         name.removeprefix("lamo/"): recorded(name)
-        for name in AUTHORS.files
+        for name in authors().files
         if name.startswith("lamo/")
     }
     ours = {}
@@ -140,11 +148,11 @@ def test_predictions_and_losses_equal_the_authors(authors_lamo):
             predicted[real], recorded("batch/predicted")[real], atol=2e-6, rtol=0
         )
         assert model.action_loss(batch).item() == pytest.approx(
-            AUTHORS["batch/action_loss"].item(), abs=1e-6
+            authors()["batch/action_loss"].item(), abs=1e-6
         )
         language_loss = model.trunk.language_loss(recorded("text")[:2])
         assert language_loss.item() == pytest.approx(
-            AUTHORS["text/loss_without_positions"].item(), abs=1e-6
+            authors()["text/loss_without_positions"].item(), abs=1e-6
         )
 
 
@@ -164,7 +172,7 @@ def test_actions_equal_the_authors_after_each_step(authors_lamo):
         history[3][: t - first] = torch.arange(first, t)
         action = model.act(*(part.unsqueeze(0) for part in history), torch.tensor([t - first]))[0]
         np.testing.assert_allclose(
-            action, AUTHORS["history/action_after_t_steps"][t - 1], atol=2e-6, rtol=0
+            action, authors()["history/action_after_t_steps"][t - 1], atol=2e-6, rtol=0
         )
 
 
@@ -184,9 +192,9 @@ def test_training_steps_equal_the_authors_in_float64(authors_lamo, tmp_path, mon
     )  # fmt: skip
     _, *lines, _ = read_log(tmp_path)
     for step, line in enumerate(lines):
-        assert line["lr"] == pytest.approx(AUTHORS["training/lr"][step])
+        assert line["lr"] == pytest.approx(authors()["training/lr"][step])
         loss = line["action_loss"] + 0.1 * line["language_loss"]
-        expected = AUTHORS["training/loss_action_plus_0.1_language"][step]
+        expected = authors()["training/loss_action_plus_0.1_language"][step]
         assert loss == pytest.approx(expected, abs=1e-12)
     trained = {
         "embed_state.fc1.weight": model.embed_state.input.weight,
@@ -197,7 +205,7 @@ def test_training_steps_equal_the_authors_in_float64(authors_lamo, tmp_path, mon
     }
     for name, weight in trained.items():
         np.testing.assert_allclose(
-            weight.detach(), AUTHORS[f"trained/{name}"], atol=1e-11, rtol=0, err_msg=name
+            weight.detach(), authors()[f"trained/{name}"], atol=1e-11, rtol=0, err_msg=name
         )
 
 
@@ -1402,16 +1410,18 @@ def test_tasks_are_the_papers(name):
     assert (task.targets, task.return_scale, task.context, longest) == PAPER[name]
 
 
-def test_a_new_task_works_and_names_the_demo_data_it_lacks(tmp_path, monkeypatch):
-    """A row in TASKS is all that a fork adds."""
-    row = lamo.Task("Hopper-v5", "mine/hopper-v0", [900], 1000, 20, (0, 3000))
+def test_a_row_in_tasks_is_all_that_a_new_task_needs(tmp_path, monkeypatch):
+    """Also on the demo, which has no data for it."""
+    row = lamo.Task("Hopper-v5", str(HOPPER.parent), [900], 1000, 20, (0, 3000))
     monkeypatch.setitem(lamo.TASKS, "mine", row)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options in ({"env": "mine"}, {"env": "mine", "demo": True}):
-        with pytest.raises(InputError, match="demo/ has no data for --env mine; give --data"):
-            lamo.configure(options)
-    config, _ = lamo.configure({"env": "mine", "demo": True, "data": str(HOPPER.parent)})
-    assert (config.targets, config.data) == ([900], str(HOPPER.parent))
+        config, _ = lamo.configure(options)
+        assert (config.targets, config.data) == ([900], str(HOPPER.parent)) and config.demo
+    monkeypatch.setitem(lamo.TASKS, "mine", replace(row, data="mine/hopper-v0"))
+    config, title = lamo.configure({"env": "mine", "demo": True, "method": "dt"})
+    with pytest.raises(InputError, match="of farama-minari/mine"):
+        lamo.prepare(config, title)
 
 
 def test_uv_run_installs_what_requirements_say():

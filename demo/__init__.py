@@ -1,7 +1,10 @@
 """The demo: small assets and settings for a machine without a GPU or the Hugging Face hub."""
 
+from pathlib import Path
+
 import torch
 
+HERE = Path(__file__).resolve().parent
 NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
 
 # Minutes on two CPU cores.
@@ -27,8 +30,14 @@ TUNED = {  # by results/make.py
 
 
 def settings(env, method):
-    """Return the demo's options for a task and a method, as a dict."""
-    return SETTINGS | TUNED[method] | {"data": f"demo/lamo/{env}/demo-v0"}
+    """Return the demo's options for a task and a method, as a dict.
+
+    A task without data in the demo keeps its own.
+    """
+    options = SETTINGS | TUNED[method]
+    if (HERE / "lamo" / str(env)).exists():
+        options["data"] = f"demo/lamo/{env}/demo-v0"
+    return options
 
 
 def reason(given, fetch):
