@@ -8,9 +8,12 @@ A rollout needs a policy and an environment. It does not ask how the policy was 
 """
 
 import argparse
+import importlib
+import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +21,63 @@ import gymnasium as gym
 import numpy as np
 import torch
 from farama_notifications import notifications
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import WrapperSpec
 from tqdm import tqdm
 
 notifications.pop("gymnasium_robotics", None)  # silences a notice about other environments
 NUM_ENVS = 20  # at a time; one of the kitchen takes 90 MB
+
+# Gymnasium's wrappers that cannot be made again from a file: what they know of earlier episodes is
+# lost, or they write files.
+LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "HumanRendering"
+
+
+def spec_of(env_id):
+    """Return the EnvSpec of an id that the user names. `module:ID` imports the module first."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)  # it registers the environment
+    registered = gym.spec(name)
+    return rebuilt(registered, registered.kwargs, registered.max_episode_steps, ())
+
+
+def rebuilt(registered, kwargs, limit, wrappers):
+    """Return a copy of a registered EnvSpec. Some write their limit of steps as a float."""
+    limit = int(limit) if limit else None
+    changes = {"kwargs": dict(kwargs), "max_episode_steps": limit}
+    return replace(registered, additional_wrappers=wrappers, **changes)
+
+
+def spec_to_json(spec):
+    """Return an EnvSpec as text for `spec_from_json`; None if a function makes the environment."""
+    return spec.to_json() if isinstance(spec.entry_point, str) else None
+
+
+def spec_from_json(text):
+    """Return the EnvSpec that a file describes. No code of the file's choosing runs.
+
+    The environment must be in Gymnasium's registry, after importing gymnasium_robotics and demo/,
+    and its wrappers must be Gymnasium's own. Raises ValueError if not, or if there is no text.
+    """
+    if not text:
+        raise ValueError("no environment is recorded")
+    recorded = json.loads(text)
+    if recorded["id"] not in gym.registry:
+        import gymnasium_robotics  # noqa: F401
+
+        import demo.reacher2d  # noqa: F401
+    registered = gym.registry.get(recorded["id"])
+    package = recorded["entry_point"].split(".")[0]
+    if registered is None or str(registered.entry_point).split(".")[0] != package:
+        raise ValueError(f"Gymnasium does not know the environment {recorded['id']}")
+    wrappers = [WrapperSpec(**wrapper) for wrapper in recorded.get("additional_wrappers", ())]
+    for wrapper in wrappers:
+        known = getattr(gym.wrappers, wrapper.name, None)
+        is_known = known and wrapper.entry_point == f"{known.__module__}:{known.__name__}"
+        if not is_known or wrapper.kwargs is None or wrapper.name in LOST_WRAPPERS:
+            raise ValueError(f"the wrapper {wrapper.name} of {registered.id} cannot be rebuilt")
+    kwargs = registered.kwargs | recorded.get("kwargs", {})
+    return rebuilt(registered, kwargs, recorded.get("max_episode_steps"), tuple(wrappers))
 
 
 def vector(observation):
@@ -41,7 +96,7 @@ class Environments:
         num_envs: the most copies to run at a time, at most NUM_ENVS.
         render_mode: Gymnasium's, for `rollout` to take pictures.
     Raises:
-        ValueError: observations or actions are not vectors, or the actions have no bounds.
+        ValueError: observations or actions are not vectors.
     """
 
     def __init__(self, spec, num_envs=NUM_ENVS, render_mode=None):
@@ -53,16 +108,16 @@ class Environments:
         for space in (self.observation_space, self.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 raise ValueError(f"{spec.id} has {space}; LaMo needs vectors of real numbers (Box)")
-        if not np.isfinite([self.action_space.low, self.action_space.high]).all():
-            raise ValueError(
-                f"{spec.id} has actions without bounds; wrap it in gymnasium.wrappers.RescaleAction"
-            )
 
     def make(self):
-        keywords = {"render_mode": self.render_mode, "disable_env_checker": True}
-        if self.render_mode and str(self.spec.entry_point).startswith("gymnasium.envs.mujoco"):
-            keywords["camera_name"] = "track"  # Gymnasium 1.4 would let a robot leave the picture
-        return gym.make(self.spec, **keywords)
+        keywords = {}  # not every environment takes a render_mode
+        if self.render_mode:
+            keywords["render_mode"] = self.render_mode
+            if str(self.spec.entry_point).startswith("gymnasium.envs.mujoco"):
+                keywords["camera_name"] = (
+                    "track"  # Gymnasium 1.4 would let a robot leave the picture
+                )
+        return gym.make(self.spec, disable_env_checker=True, **keywords)
 
     def ready(self, count):
         """Make copies until there are `count`, but no more than `num_envs`; return how many."""
@@ -95,7 +150,7 @@ class Environments:
     def _attempt(self, function, row, argument):
         try:
             observation, reward, terminated, truncated, _ = function(self.envs[row], argument)
-            observation = vector(observation)
+            observation, reward = vector(observation), float(np.squeeze(reward))
             if not (np.isfinite(observation).all() and np.isfinite(reward)):
                 raise ArithmeticError("an observation or a reward is not finite")
             return observation, reward, terminated or truncated
@@ -106,25 +161,29 @@ class Environments:
 
 
 class Histories:
-    """The last K steps of several episodes, one row for each, starting at the left of the row."""
+    """The last K steps of several episodes, one row for each, starting at the left of the row.
 
-    def __init__(self, rows, K, S, A):
-        self.returns_to_go = np.zeros((rows, K), np.float32)
-        self.states = np.zeros((rows, K, S), np.float32)
-        self.actions = np.zeros((rows, K, A), np.float32)
-        self.timesteps = np.zeros((rows, K), np.int64)
-        self.lengths = np.zeros(rows, np.int64)  # real steps in each window
+    Numbers are float64, as simulators have them; the policy centres them before it rounds them.
+    """
+
+    def __init__(self, rows, context, observation_space, action_space):
+        self.returns_to_go = np.zeros((rows, context))
+        self.states = np.zeros((rows, context, *observation_space.shape))
+        self.actions = np.zeros((rows, context, *action_space.shape))
+        self.timesteps = np.zeros((rows, context), np.int64)
+        self.lengths = np.zeros(rows, np.int64)  # real steps in each row
+        self.episode_steps = np.zeros(rows, np.int64)  # of each row's episode
+        self.action_space = action_space
 
     def arrays(self):
         return self.returns_to_go, self.states, self.actions, self.timesteps
 
     def clear(self, row):
         """Forget the episode of a row."""
-        self.lengths[row] = 0
-        for array in self.arrays():
+        for array in (*self.arrays(), self.lengths, self.episode_steps):
             array[row] = 0
 
-    def add(self, row, return_to_go, state, timestep):
+    def add(self, row, return_to_go, state):
         """Add a step whose action is not known yet. In a full row, drop the oldest step."""
         if self.lengths[row] == self.timesteps.shape[1]:
             for array in self.arrays():
@@ -134,7 +193,22 @@ class Histories:
         newest = self.lengths[row] - 1
         self.returns_to_go[row, newest] = return_to_go
         self.states[row, newest] = state
-        self.timesteps[row, newest] = timestep
+        self.timesteps[row, newest] = self.episode_steps[row]
+        self.episode_steps[row] += 1
+
+    def act(self, policy, rows):
+        """Return a policy's actions for some rows, as the environment takes them, and add them."""
+        device = next(policy.parameters()).device
+        inputs = [array[rows] for array in (*self.arrays(), self.lengths)]
+        actions = policy.act(*(torch.as_tensor(array, device=device) for array in inputs))
+        actions = actions.cpu().numpy()
+        space = self.action_space
+        if np.issubdtype(space.dtype, np.integer):
+            actions = np.rint(actions)
+        # Clip in the environment's own type: rounding must not lead beyond the bounds.
+        actions = np.clip(actions.astype(space.dtype), space.low, space.high)
+        self.actions[rows, self.lengths[rows] - 1] = actions
+        return actions
 
 
 @torch.no_grad()
@@ -155,17 +229,15 @@ def rollout(
     Returns:
         returns, lengths: arrays (targets, episodes). A return is NaN if the simulator failed.
     """
-    device = next(policy.parameters()).device
-    K, S = policy.context, environments.observation_space.shape[0]
-    space = environments.action_space
-    target_of = np.repeat(np.asarray(targets, np.float32), episodes)
+    spaces = environments.observation_space, environments.action_space
+    target_of = np.repeat(targets, episodes).astype(float)
     returns, lengths = np.zeros(len(target_of)), np.zeros(len(target_of), int)
     waiting = list(range(len(target_of)))
 
     # Each row is an environment, with the number of the episode that it runs, or -1.
     rows = environments.ready(len(target_of))
     episode = np.full(rows, -1)
-    histories = Histories(rows, K, S, space.shape[0])
+    histories = Histories(rows, policy.context, *spaces)
     progress = tqdm(
         total=len(target_of), desc="simulating", unit="episode", leave=False, disable=None
     )
@@ -186,17 +258,13 @@ def rollout(
                 returns[episode[row]] = reward
                 end(row)
             else:
-                histories.add(row, target_of[episode[row]], state, 0)
+                histories.add(row, target_of[episode[row]], state)
 
         # Ask the policy for the actions. The batch always has NUM_ENVS rows, some of them repeated,
         # because rounding depends on the size of a batch, and returns must not.
         running = np.flatnonzero(episode >= 0)
         batch = np.resize(running, NUM_ENVS)
-        inputs = [array[batch] for array in (*histories.arrays(), histories.lengths)]
-        actions = policy.act(*(torch.as_tensor(array, device=device) for array in inputs))
-        actions = np.clip(actions.cpu().numpy()[: len(running)], space.low, space.high)
-        actions = actions.astype(space.dtype)
-        histories.actions[running, histories.lengths[running] - 1] = actions
+        actions = histories.act(policy, batch)[: len(running)]
 
         # Step the environments.
         steps = environments.step(running, actions)
@@ -213,7 +281,7 @@ def rollout(
             return_to_go = histories.returns_to_go[row, histories.lengths[row] - 1]
             if not delayed:
                 return_to_go -= reward
-            histories.add(row, return_to_go, state, lengths[number])
+            histories.add(row, return_to_go, state)
 
     progress.close()
     return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
@@ -228,7 +296,7 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
         a dict {target: row}, where a row is a dict of return_mean, return_std (of the population),
         return_interval (95 % confidence in the mean, from 10,000 bootstrap samples), score,
         length_mean (in steps), and failed, the number of episodes in which the simulator failed.
-        Those count in length_mean only.
+        Those count in length_mean only. Where all have failed, the other numbers are None.
     """
     was_training = policy.training
     policy.eval()
@@ -239,23 +307,23 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
     scores = {}
     for target, target_returns, target_lengths in zip(targets, returns, lengths):
         good = target_returns[np.isfinite(target_returns)]
-        failed = episodes - len(good)
-        sample = good if len(good) > 0 else target_returns  # NaN, where all have failed
-        resamples = np.random.default_rng(0).choice(sample, (10_000, len(sample)))
-        scores[f"{target:.9g}"] = {
-            "return_mean": float(sample.mean()),
-            "return_std": float(sample.std()),
-            "return_interval": np.percentile(resamples.mean(axis=1), (2.5, 97.5)).tolist(),
-            "score": float(100 * (sample.mean() - low) / (high - low)),
-            "length_mean": float(target_lengths.mean()),
-            "failed": failed,
-        }
+        row = dict.fromkeys(("return_mean", "return_std", "return_interval", "score"))
+        if len(good) > 0:
+            resamples = np.random.default_rng(0).choice(good, (10_000, len(good)))
+            row["return_mean"] = float(good.mean())
+            row["return_std"] = float(good.std())
+            row["return_interval"] = np.percentile(resamples.mean(axis=1), (2.5, 97.5)).tolist()
+            row["score"] = float(100 * (good.mean() - low) / (high - low))
+        row["length_mean"] = float(target_lengths.mean())
+        row["failed"] = episodes - len(good)
+        scores[f"{target:.9g}"] = row
     return scores
 
 
 def best_target(scores):
-    """Return the target with the highest mean return, and its row of `evaluate`."""
-    return max(scores.items(), key=lambda item: np.nan_to_num(item[1]["return_mean"], nan=-np.inf))
+    """Return the target with the highest mean return and its row; None, None if all failed."""
+    rated = [item for item in scores.items() if item[1]["return_mean"] is not None]
+    return max(rated, key=lambda item: item[1]["return_mean"], default=(None, None))
 
 
 def format_scores(scores, reference):
@@ -263,10 +331,12 @@ def format_scores(scores, reference):
     best, _ = best_target(scores)
     lines = [f"{'target':>8} {'return':>18} {'95 % interval':>19} {'score':>7} {'length':>7}"]
     for target, row in scores.items():
-        mean_and_std = f"{row['return_mean']:.1f} ± {row['return_std']:.1f}"
-        low, high = row["return_interval"]
-        line = f"{target:>8} {mean_and_std:>18} {f'{low:.1f} to {high:.1f}':>19}"
-        line += f" {row['score']:7.1f} {row['length_mean']:7.1f}"
+        mean_and_std, interval, score = "", "", ""
+        if row["return_mean"] is not None:
+            mean_and_std = f"{row['return_mean']:.1f} ± {row['return_std']:.1f}"
+            interval = "{:.1f} to {:.1f}".format(*row["return_interval"])
+            score = f"{row['score']:.1f}"
+        line = f"{target:>8} {mean_and_std:>18} {interval:>19} {score:>7} {row['length_mean']:7.1f}"
         if row["failed"] > 0:
             line += f"  {row['failed']} failed"
         if target == best:
@@ -307,6 +377,8 @@ def main(arguments):
         type=any_seed,
         help="environment's seed of the first episode; default: 10,000 * --seed",
     )
+    add("--env", help="environment to evaluate in, a Gymnasium id; default: the run's")
+    add("--lm", help="the language model, if it has moved")
     add("--device", default=lamo.Config.device, help="cpu, cuda, cuda:1, ...")
     add("--video", metavar="FILE", help="render an episode of the best target to a .gif or .mp4")
     options = parser.parse_args(arguments)
@@ -315,19 +387,25 @@ def main(arguments):
     if options.video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
 
-    policy, config, header = lamo.load(options.folder, options.device)
+    policy, config, header = lamo.load(options.folder, options.device, options.lm)
     print(header["title"])
     targets = options.targets or config.targets
     episodes = options.episodes or config.episodes
     seed = lamo.first_seed(config) if options.seed is None else options.seed
-    with lamo.on_error("cannot make the environment"):
-        environments = Environments(EnvSpec.from_json(header["env_spec"]))
+    with lamo.on_error("cannot make the environment; name one with --env ID or --env module:ID"):
+        if options.env:
+            spec = spec_of(options.env)
+        else:
+            spec = spec_from_json(header["env_spec"])
+        environments = Environments(spec)
     reference = header["reference"]
     scores = evaluate(policy, environments, targets, episodes, seed, reference, config.delayed)
     print(format_scores(scores, reference))
 
+    target, _ = best_target(scores)
+    if target is None:
+        raise lamo.InputError("every episode failed, see above")
     if options.video:
-        target, _ = best_target(scores)
         with lamo.on_error(f"cannot render {options.video}; try MUJOCO_GL=egl or MUJOCO_GL=osmesa"):
             total, length = record(
                 policy, environments.spec, float(target), seed, options.video, config.delayed

@@ -29,6 +29,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -57,7 +58,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import demo
-from eval import Environments, best_target, evaluate, format_scores, vector
+from eval import (
+    Environments,
+    best_target,
+    evaluate,
+    format_scores,
+    spec_from_json,
+    spec_of,
+    spec_to_json,
+    vector,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -170,7 +180,11 @@ class Config:
     """The settings of a run, and the options of the command line. The defaults are the authors'."""
 
     # data
-    env: str | None = option("hopper", "task; default: hopper, or the dataset's", choices=[*TASKS])
+    env: str | None = option(
+        "hopper",
+        f"{', '.join(TASKS)}; or any environment, as a Gymnasium id or module:id; none: do not"
+        " evaluate; default: hopper, or the dataset's",
+    )
     data: str | None = option(None, "Minari dataset, id or folder; default: the task's")
     ratio: float = option(1.0, "share of the trajectories to train on", type=number(float, 1e-9, 1))
     delayed: bool = option(False, "move all reward to the last step", action="store_true")
@@ -214,6 +228,11 @@ class Config:
         None, "target returns; default: the task's", type=number(float, -1e9, 1e9), nargs="+"
     )
     episodes: int = option(20, "episodes per target", type=number(int, 1, 10_000))
+    max_steps: int | None = option(
+        None,
+        "longest episode of an evaluation; default: the environment's, or the data's",
+        type=COUNT,
+    )
     eval_every: int = option(2500, "training steps between two evaluations", type=COUNT)
 
     # run
@@ -303,7 +322,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with the parameter names of its published checkpoints.
 
-    It is the trunk of LaMo. Return another module from `build_trunk`, and that is the trunk. It needs
+    It is the trunk of LaMo. To use another one, return it from `build_trunk`. It needs
 
         width                            D
         forward(x)                       embeddings (B, T, D) -> hidden states (B, T, D), causal
@@ -436,16 +455,21 @@ class LaMo(nn.Module):
             self.action_head = nn.Sequential(nn.Linear(D, A), nn.Tanh())
 
         # Buffers travel with the weights, so that a checkpoint is all that acting needs.
-        low, high = torch.tensor(action_low), torch.tensor(action_high)
-        self.register_buffer("return_scale", torch.tensor(float(return_scale)))
-        self.register_buffer("state_mean", torch.tensor(state_mean))
-        self.register_buffer("state_std", torch.tensor(state_std))
+        # They are float64, so that numbers are centred before they are rounded to float32.
+        low, high = torch.tensor([action_low, action_high], dtype=torch.float64)
+        self.register_buffer("return_scale", torch.tensor(return_scale, dtype=torch.float64))
+        self.register_buffer("state_mean", torch.tensor(state_mean, dtype=torch.float64))
+        self.register_buffer("state_std", torch.tensor(state_std, dtype=torch.float64))
         self.register_buffer("action_center", (high + low) / 2)
         self.register_buffer("action_radius", ((high - low) / 2).clamp(min=1e-6))
 
-    def normalise_actions(self, actions):
+    def scale(self, x, center, radius):
+        """Return (x - center) / radius in the precision of the weights."""
+        return ((x - center) / radius).to(self.embed_ln.weight.dtype)
+
+    def scale_actions(self, actions):
         """Scale actions so that their bounds are -1 and 1."""
-        return (actions - self.action_center) / self.action_radius
+        return self.scale(actions, self.action_center, self.action_radius)
 
     def embed_window(self, returns_to_go, states, actions, timesteps):
         """Return the tokens (B, 3 K, D) of windows.
@@ -454,9 +478,9 @@ class LaMo(nn.Module):
         One of fewer than K steps is padded on the right, where causal attention never looks.
         """
         tokens = [
-            self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale),
-            self.embed_state((states - self.state_mean) / self.state_std),
-            self.embed_action(self.normalise_actions(actions)),
+            self.embed_return(self.scale(returns_to_go.unsqueeze(-1), 0, self.return_scale)),
+            self.embed_state(self.scale(states, self.state_mean, self.state_std)),
+            self.embed_action(self.scale_actions(actions)),
         ]
         tokens = torch.stack(tokens, dim=2)  # (B, K, 3, D)
         tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps).unsqueeze(2)
@@ -488,7 +512,7 @@ class LaMo(nn.Module):
         predicted = self.predict(
             batch["returns_to_go"], batch["states"], batch["actions"], batch["timesteps"]
         )
-        error = predicted - self.normalise_actions(batch["actions"])
+        error = predicted - self.scale_actions(batch["actions"])
         return (error.square().mean(dim=-1) * batch["weight"]).sum()  # the weights add up to 1
 
     def forward(self, batch, tokens=None):
@@ -507,10 +531,13 @@ class Trajectories:
     """Trajectories as flat tensors of N steps, so that drawing a batch is one indexing operation.
 
     Args:
-        observations, actions, rewards: an array (T, S), (T, A), (T,) for each trajectory.
+        observations, actions, rewards: an array (T, S), (T, A), (T,) for each trajectory. Numbers
+            stay as precise as they are.
+        terminated: whether each trajectory ended in a final state.
     """
 
-    def __init__(self, observations, actions, rewards, device="cpu"):
+    def __init__(self, observations, actions, rewards, device="cpu", terminated=()):
+        self.terminated = terminated
         self.lengths = np.array([len(reward) for reward in rewards])
         self.returns = np.array([reward.sum() for reward in rewards])
         states, actions = np.concatenate(observations), np.concatenate(actions)
@@ -524,14 +551,14 @@ class Trajectories:
         returns_to_go = [reward[::-1].cumsum()[::-1] for reward in rewards]
         timesteps = [np.arange(length) for length in self.lengths]
         last = self.lengths.cumsum() - 1  # of each trajectory
-        self.states = torch.tensor(states, dtype=torch.float32, device=device)  # (N, S)
-        self.actions = torch.tensor(actions, dtype=torch.float32, device=device)  # (N, A)
-        self.returns_to_go = torch.tensor(
-            np.concatenate(returns_to_go), dtype=torch.float32, device=device
-        )  # (N,)
+        self.states = torch.tensor(states, device=device)  # (N, S)
+        self.actions = torch.tensor(actions, device=device)  # (N, A)
+        self.returns_to_go = torch.tensor(np.concatenate(returns_to_go), device=device)  # (N,)
         self.timesteps = torch.tensor(np.concatenate(timesteps), device=device)  # (N,)
         # For each step, the index of the last step of its trajectory
         self.last = torch.tensor(np.repeat(last, self.lengths), device=device)  # (N,)
+        parts = self.states, self.actions, self.returns_to_go, self.timesteps, self.last
+        assert len({len(part) for part in parts}) == 1, "the parts differ in length"
 
     @classmethod
     def from_minari(cls, dataset, ratio, seed, delayed=False, device="cpu"):
@@ -546,15 +573,29 @@ class Trajectories:
         shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
         episodes = dataset.iterate_episodes(np.sort(shuffled[:count]))
 
-        observations, actions, rewards = [], [], []
+        observations, actions, rewards, terminated = [], [], [], []
         for episode in tqdm(episodes, "reading", count, leave=False, disable=None):
-            reward = recorded_rewards(dataset, episode).astype(np.float64)
+            T = len(episode.actions)
+            if T == 0:
+                continue
+            reward = recorded_rewards(dataset, episode).reshape(T).astype(np.float64)
             if delayed:
-                reward = np.append(np.zeros(len(reward) - 1), reward.sum())
-            observations.append(vector(episode.observations)[:-1])  # no action follows the last one
+                reward = np.append(np.zeros(T - 1), reward.sum())
+            states = vector(episode.observations)
+            if len(states) not in (
+                T,
+                T + 1,
+            ):  # some sets lack the last one, which no action follows
+                raise InputError(f"episode {episode.id} has {len(states)} states and {T} actions")
+            observations.append(states[:T])
             actions.append(episode.actions)
             rewards.append(reward)
-        return cls(observations, actions, rewards, device)
+            terminated.append(bool(episode.terminations[-1]))
+        if len(rewards) < count:
+            print(f"dropped {count - len(rewards)} of {count} trajectories, which are empty")
+        if not rewards:
+            raise InputError("no trajectory has any step")
+        return cls(observations, actions, rewards, device, terminated)
 
     def batch(self, size, context):
         """Draw random windows: a start uniformly over all steps, and the steps that follow it.
@@ -637,22 +678,22 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
     The folder `out` gets log.jsonl and checkpoint.pt; both contain `header`, which describes the
     run. From a checkpoint, a run goes on as if it had never stopped. Without text (None), it has no
-    language loss.
+    language loss; without environments, no evaluation.
     """
     optimizer = make_optimizer(model, config)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     recorder = Recorder(out, header, checkpoint)
     learner = distribute(model, text)
-    is_first = rank_and_world()[0] == 0
-    scores = None
+    evaluates = environments is not None and rank_and_world()[0] == 0
+    scores = {}
     model.train()
 
-    with caught_signals() as signals:
+    with StopSignals() as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
-            stopping = in_any_process(len(signals) > 0)
+            stopping = in_any_process(signals.received)
 
             # Log the mean losses. Until then they stay on the device, so that a GPU need not wait.
             if evaluating or step % LOG_EVERY == 0:
@@ -668,11 +709,13 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
                 )
 
             # Evaluate in the simulator. Under torchrun the other processes wait.
-            if evaluating and is_first:
+            if evaluating and evaluates:
+                signals.stop_at_once = True
                 scores = evaluate(
                     model, environments, config.targets, config.episodes, first_seed(config),
                     header["reference"], config.delayed,
                 )  # fmt: skip
+                signals.stop_at_once = False
                 recorder.log_scores(step, scores)
             if step == config.steps:
                 return scores
@@ -725,30 +768,30 @@ def first_seed(config):
     return 10_000 * config.seed
 
 
-@contextmanager
-def caught_signals():
-    """Collect Ctrl-C and SIGTERM in a list, so that a run stops between two steps.
+class StopSignals:
+    """Catches Ctrl-C and SIGTERM, so that a run stops between two steps, while it is entered.
 
-    A second signal ends the run at once. Only the main thread can catch signals; in any other, the
-    list stays empty.
+    A second signal ends the run at once, and so does the first while `stop_at_once` is set. Only the
+    main thread can catch signals; in any other, nothing is caught.
     """
-    signals = []
 
-    def handler(number, frame):
-        if signals:
-            sys.exit(1)
-        signals.append(number)
+    def __init__(self):
+        self.received, self.stop_at_once, self.previous = False, False, {}
 
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    numbers = signal.SIGINT, signal.SIGTERM
-    previous = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield signals
-    finally:
-        for number, before in zip(numbers, previous):
-            signal.signal(number, before)
+    def handle(self, number, frame):
+        if self.received or self.stop_at_once:
+            sys.exit("stopped; --resume goes on from the last checkpoint")
+        self.received = True
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 class Recorder:
@@ -908,11 +951,9 @@ def find_file(dataset, filename):
     """Return the path of a file of a dataset on the Hugging Face hub; download it if need be."""
     advice = f"cannot find {filename} of {dataset} in the cache or on the Hugging Face hub"
     with on_error(f"{advice}; check the name and the network, or add --demo"):
-        return Path(
-            hf_hub_download(
-                dataset, filename, repo_type="dataset", local_files_only=not hub_is_reachable()
-            )
-        )
+        offline = not hub_is_reachable()
+        path = hf_hub_download(dataset, filename, repo_type="dataset", local_files_only=offline)
+        return Path(path)
 
 
 def from_transformers(kind, name, **keywords):
@@ -935,10 +976,8 @@ def load_gpt2(name):
 
     Raises InputError if it cannot be loaded, or if it is not what the class GPT2 computes.
     """
-    with on_error(
-        f"cannot find a GPT-2 at {name}, in the cache or on the Hugging Face hub;"
-        " check the name and the network, or add --demo"
-    ):
+    advice = f"cannot find a GPT-2 at {name}, in the cache or on the Hugging Face hub"
+    with on_error(f"{advice}; check the name and the network, or add --demo"):
         config = from_transformers("AutoConfig", name)
     if config.model_type != "gpt2":
         raise InputError(f"--lm {name} has model_type {config.model_type}; it must be gpt2")
@@ -952,24 +991,27 @@ def load_gpt2(name):
     }
     for key, values in supported.items():
         if getattr(config, key) not in values:
-            raise InputError(
-                f"--lm {name} has {key} {getattr(config, key)}; it must be {values[0]}"
-            )
+            value = getattr(config, key)
+            raise InputError(f"--lm {name} has {key} {value}, which the class GPT2 has not")
     with on_error(f"cannot load --lm {name}; if the download is damaged, delete it"):
         model, problems = from_transformers("GPT2LMHeadModel", name, output_loading_info=True)
     if problems["missing_keys"]:
-        raise InputError(
-            f"--lm {name} lacks weights: {', '.join(sorted(problems['missing_keys']))}"
-        )
+        missing = ", ".join(sorted(problems["missing_keys"]))
+        raise InputError(f"--lm {name} lacks weights: {missing}")
     return model.float()
 
 
-def tokenize(documents, tokenizer):
-    """Return the token ids of a list of strings, in one flat array."""
+def tokenize(text, tokenizer):
+    """Return the token ids of a text, in one flat array.
+
+    The text is cut before words, where GPT-2's tokenizer cuts it anyway. So the tokens are those of
+    the whole text, and memory does not depend on its lines.
+    """
+    pieces = re.findall(r"(?s).{1,50000}(?<=\S)(?= \S)|.{1,50000}", text)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts = [np.empty(0, dtype)]
-    for start in tqdm(range(0, len(documents), 1000), "tokenising", leave=False, disable=None):
-        ids = tokenizer(documents[start : start + 1000], add_special_tokens=False)["input_ids"]
+    for start in tqdm(range(0, len(pieces), 10), "tokenising", leave=False, disable=None):
+        ids = tokenizer(pieces[start : start + 10], add_special_tokens=False)["input_ids"]
         parts += [np.array(part, dtype) for part in ids]
     return np.concatenate(parts)
 
@@ -977,9 +1019,8 @@ def tokenize(documents, tokenizer):
 def wikitext_files():
     """Return the paths of WikiText-103, raw: two to train on, and the validation split."""
     parts = "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"
-    return [
-        find_file("Salesforce/wikitext", f"wikitext-103-raw-v1/{part}.parquet") for part in parts
-    ]
+    files = [f"wikitext-103-raw-v1/{part}.parquet" for part in parts]
+    return [find_file("Salesforce/wikitext", file) for file in files]
 
 
 def load_text(lm, text, block):
@@ -988,11 +1029,10 @@ def load_text(lm, text, block):
         tokenizer = from_transformers("AutoTokenizer", lm)
     with on_error(f"cannot read --text {text}; give a file of UTF-8 text"):
         if text == "wikitext":
-            documents = [parquet.read_table(path)["text"].to_pylist() for path in wikitext_files()]
-            *train, held_out = (tokenize(part, tokenizer) for part in documents)
+            tables = [parquet.read_table(path)["text"].to_pylist() for path in wikitext_files()]
+            *train, held_out = (tokenize("".join(lines), tokenizer) for lines in tables)
             return Text(np.concatenate(train), held_out, block)
-        lines = (find_local(text) or Path(text)).read_text("utf-8").splitlines(keepends=True)
-        tokens = tokenize(lines, tokenizer)
+        tokens = tokenize((find_local(text) or Path(text)).read_text("utf-8"), tokenizer)
         train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
         return Text(train, held_out, block)
 
@@ -1000,15 +1040,36 @@ def load_text(lm, text, block):
 def load_dataset(name):
     """Return the MinariDataset of a folder or an id, from Minari's own folder or from the hub."""
     minari_root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
-    for folder in (Path(name), HERE / name, Path(minari_root) / name):
-        # A download that Minari did not finish leaves metadata.json alone.
-        if len(list(folder.glob("data/*"))) > 1:
-            return minari.MinariDataset(folder / "data")
+    for path in (Path(name), HERE / name, Path(minari_root) / name):
+        for folder in (path, path / "data", path.parent):  # what a dataset is made of names it, too
+            # A download that Minari did not finish leaves metadata.json alone.
+            if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
+                return minari.MinariDataset(folder)
+        if name and path.exists():
+            raise InputError(f"{path} is no dataset of Minari 0.5{advice_on(path)}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*-v\d+", name):
+        raise InputError(
+            f"it is neither a folder nor an id, such as mujoco/hopper/medium-v0: {name}"
+        )
     namespace, _, rest = name.partition("/")
     # The large file first, so that both are of one commit.
     for filename in ("main_data.hdf5", "metadata.json"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
     return minari.MinariDataset(path.parent)
+
+
+def advice_on(path):
+    """Return what to do about a file or folder that may have an older format."""
+    import h5py
+
+    for file in [path, *path.glob("*.hdf5"), *path.glob("data/*.hdf5")]:
+        if file.is_file() and h5py.is_hdf5(file):
+            with h5py.File(file) as content:
+                if "observations" in content:
+                    return ", but of D4RL; take Minari's own, such as D4RL/kitchen/complete-v2"
+                if "episode_0" in content:
+                    return ", but of an older Minari; download it again"
+    return ": that is a folder with data/main_data.hdf5 and data/metadata.json"
 
 
 # -------------------------------------------------------------------------------- environments
@@ -1027,19 +1088,34 @@ def recorded_rewards(dataset, episode):
     return np.diff(finished, prepend=0)
 
 
-def evaluation_spec(dataset, env_id):
-    """Return the EnvSpec of a dataset's environment or, if that cannot be made, of `env_id`.
+def evaluation_spec(dataset, env):
+    """Return the EnvSpec to evaluate in: what the user names, else the dataset's environment.
 
-    Only the dataset knows the subtasks of a kitchen, so there is no substitute for it.
+    If the dataset's cannot be made, a task brings its own, except for a kitchen, whose subtasks only
+    the dataset knows. Raises InputError if there is no environment.
     """
+    metadata = dataset.storage.metadata
+    recorded = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if env is not None and env not in TASKS:
+        recorded = json.loads(recorded or "{}")
+        for wrapper in recorded.get("additional_wrappers", ()):
+            print(f"evaluating without the dataset's wrapper {wrapper['name']}")
+        return spec_of(env)
+    task = TASKS.get(env, OTHER_TASK)
     try:
-        spec = dataset.recover_environment(eval_env=True).spec
-    except Exception as error:
-        if env_id in (None, KITCHEN):
-            raise
-        print(f"evaluating in {env_id}: cannot make the dataset's own environment ({error})")
-        spec = gym.make(env_id).spec
-    if spec.id.startswith("FrankaKitchen"):
+        spec = spec_from_json(recorded)
+        gym.make(spec).close()
+    except Exception as error:  # environments raise anything
+        if task.env_id in (None, KITCHEN):
+            advice = (
+                "name an environment, --env ID or --env module:ID, or do not evaluate: --env none"
+            )
+            raise InputError(f"{error}; {advice}") from error
+        print(f"evaluating in {task.env_id}, not in the dataset's own environment: {error}")
+        spec = spec_of(task.env_id)
+    if task.env_id and spec.name != spec_of(task.env_id).name:
+        raise InputError(f"the dataset was recorded in {spec.id}, not in {env}; leave out --env")
+    if spec.name == "FrankaKitchen":
         spec.kwargs["remove_task_when_completed"] = True
         spec.kwargs["terminate_on_tasks_completed"] = True
     return spec
@@ -1098,15 +1174,16 @@ def load_weights(model, checkpoint, lm_checksum):
         model.load_state_dict(model.state_dict() | checkpoint["weights"])
 
 
-def load(folder, device="cpu"):
+def load(folder, device="cpu", lm=None):
     """Return the policy of a run's folder, its Config, and the header that `prepare` made.
 
-    The policy is a LaMo in evaluation mode. Raises InputError if there is no checkpoint, or if the
-    language model is not what it was.
+    The policy is a LaMo in evaluation mode. `lm` says where its language model is now, if it has
+    moved. Raises InputError if there is no checkpoint, or if the language model has changed.
     """
     checkpoint = read_checkpoint(folder)
     header = checkpoint["header"]
-    config = Config(**header["config"] | {"device": device})
+    config = Config(**header["config"])
+    config = replace(config, device=device, lm=lm or config.lm)
     check_device(device)
     trunk, lm_checksum = build_trunk(config)
     model = LaMo(trunk, config.embed, config.context, **header["arguments"]).to(device)
@@ -1156,34 +1233,49 @@ def prepare(config, title):
     # The dataset brings its environment.
     with on_error(f"cannot use the dataset --data {config.data}"):
         dataset = load_dataset(config.data)
-        environments = Environments(evaluation_spec(dataset, task.env_id))
         trajectories = Trajectories.from_minari(
             dataset, config.ratio, config.seed, config.delayed, config.device
         )
-    check_shapes(trajectories, environments)
-    returns = trajectories.returns
+        environments = None
+        spaces = vector(dataset.observation_space), dataset.action_space
+        if config.env != "none":
+            spec = evaluation_spec(dataset, config.env)
+            spec.max_episode_steps = episode_limit(config, spec, trajectories)
+            environments = Environments(spec)
+            spaces = environments.observation_space, environments.action_space
+        check_shapes(trajectories, spaces)
+    returns, longest = trajectories.returns, int(trajectories.lengths.max())
     count = f"{len(returns)} of {dataset.total_episodes} trajectories"
     print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}")
+    if environments:
+        print(f"env     {spec.id}, episodes of at most {spec.max_episode_steps} steps")
 
     # Where the task does not say, the data does: what to aim for, and by what to divide it.
     if config.targets is None:
         config = replace(config, targets=default_targets(returns))
-    largest = max(abs(returns).max(), 1e-3)
-    power_of_ten = 10.0 ** round(math.log10(largest))
+    largest = max(abs(np.array([*returns, *config.targets])))
+    power_of_ten = 10.0 ** round(math.log10(largest)) if largest > 0 else 1.0
     reference = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
     if None in reference:
         reference = task.reference
 
+    # Actions without bounds, as gymnasium.wrappers.ClipAction leaves them, have those of the data.
+    low, high = spaces[1].low, spaces[1].high
+    if not np.isfinite([low, high]).all():
+        print("the actions have no bounds; those of the data are taken instead")
+        actions = trajectories.actions.cpu().numpy()
+        low = np.where(np.isfinite(low), low, actions.min(axis=0))
+        high = np.where(np.isfinite(high), high, actions.max(axis=0))
+
     # The policy
-    spec = environments.spec
     arguments = {
-        "max_timesteps": max(int(trajectories.lengths.max()), spec.max_episode_steps or 0),
-        "return_scale": task.return_scale or power_of_ten,
+        "max_timesteps": max(longest, spec.max_episode_steps) if environments else longest,
+        "return_scale": float(task.return_scale or power_of_ten),
         "state_mean": trajectories.state_mean.tolist(),
         "state_std": trajectories.state_std.tolist(),
-        "action_low": environments.action_space.low.tolist(),
-        "action_high": environments.action_space.high.tolist(),
+        "action_low": low.tolist(),
+        "action_high": high.tolist(),
     }
     model = LaMo(trunk, config.embed, config.context, **arguments).to(config.device)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -1211,7 +1303,7 @@ def prepare(config, title):
         "config": asdict(config),
         "arguments": arguments,
         "reference": reference,
-        "env_spec": spec.to_json(),
+        "env_spec": spec_to_json(spec) if environments else None,
         "trajectories": len(returns),
         "text_loss": text_loss,
         "lm_checksum": lm_checksum,
@@ -1222,18 +1314,30 @@ def prepare(config, title):
     return config, header, model, trajectories, text, environments
 
 
-def check_shapes(trajectories, environments):
-    """Raise InputError if the data and its environment do not fit each other."""
-    for name, array, space in (
-        ("observations", trajectories.states, environments.observation_space),
-        ("actions", trajectories.actions, environments.action_space),
+def episode_limit(config, spec, trajectories):
+    """Return the most steps of an episode in evaluations: the user's, else the environment's.
+
+    Where the environment has no limit, or one far beyond the data, whose longest trajectory was cut
+    off and not terminated, that trajectory sets the limit.
+    """
+    longest = int(trajectories.lengths.max())
+    limit = spec.max_episode_steps or math.inf
+    was_cut = not trajectories.terminated[trajectories.lengths.argmax()]
+    if config.max_steps:
+        return config.max_steps
+    if limit == math.inf or (limit > 10 * longest and was_cut and config.env not in TASKS):
+        return longest
+    return limit
+
+
+def check_shapes(trajectories, spaces):
+    """Raise InputError if the data does not fit the spaces of observations and actions."""
+    for name, array, space in zip(
+        ("observations", "actions"), (trajectories.states, trajectories.actions), spaces
     ):
-        ours, theirs = tuple(array.shape[1:]), space.shape
-        if ours != theirs:
-            env_id = environments.spec.id
-            raise InputError(
-                f"the data has {name} of shape {ours}, its environment {env_id} {theirs}"
-            )
+        shape = tuple(array.shape[1:])
+        if shape != space.shape:
+            raise InputError(f"the data has {name} of shape {shape}, its environment {space.shape}")
 
 
 def check_text(text, trunk):
@@ -1270,7 +1374,7 @@ def run(config, title, out, checkpoint=None):
     text_loss = text and text.held_out_loss(model.eval().trunk)
     target, best = best_target(scores)
     summary = {
-        "best": {"target": float(target)} | best,
+        "best": {"target": float(target)} | best if best else None,
         "targets": scores,
         "dataset": config.data,
         "lm": config.lm,
@@ -1278,12 +1382,17 @@ def run(config, title, out, checkpoint=None):
         "text_loss_before": header["text_loss"],
         "text_loss_after": text_loss,
     }
-    (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{title}\n{format_scores(scores, header['reference'])}")
+    (out / "scores.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    print(f"\n{title}")
+    if scores:
+        print(format_scores(scores, header["reference"]))
     if text:
         print("language loss on held-out text, in nats per token: ", end="")
         print(f"{header['text_loss']:.3f} before, {text_loss:.3f} after")
-    print(f"{time.time() - started:.0f} s; evaluate again: python eval.py {shlex.quote(str(out))}")
+    again = f"; evaluate again: python eval.py {shlex.quote(str(out))}" if scores else ""
+    print(f"{time.time() - started:.0f} s, all in {out}{again}")
+    if scores and not best:
+        raise InputError("every episode of the evaluation failed, see above; the weights are saved")
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1293,7 +1402,7 @@ def parse(arguments, program="lamo.py"):
         program,
         usage=argparse.SUPPRESS,
         description=__doc__.split("\n")[0],
-        epilog="The defaults are those of --method lamo and the paper. The other methods change some,"
+        epilog="The defaults are the paper's, for --method lamo. The other methods change some,"
         " and the demo, which runs by itself where there is no GPU, changes more.",
         allow_abbrev=False,
     )
@@ -1316,8 +1425,12 @@ def configure(given):
     What is not given is the method's value; else, in a demo, the demo's; else the default. What is
     then still None is the task's.
     """
+    given = with_full_paths(given)
     if "data" in given:
         given = {"env": None} | given  # a dataset brings its environment
+    elif given.get("env", "hopper") not in TASKS:
+        tasks = ", ".join(TASKS)
+        raise InputError(f"--env {given['env']} is none of {tasks}; give its dataset, too: --data")
     method = METHODS[given.get("method", "lamo")]
     config = with_task(Config(**method | given))
     title = f"{config.method} on {config.data}"
@@ -1332,6 +1445,16 @@ def configure(given):
         title = f"{demo.NOTICE} ({reason})"
     check_options(config)
     return config, title
+
+
+def with_full_paths(given):
+    """Return options in which files of the user's have full paths, that hold in any directory."""
+    given = dict(given)
+    for name in given.keys() & {"lm", "data", "text"}:
+        path = Path(given[name])
+        if given[name] and path.exists() and not (HERE / path).exists():
+            given[name] = str(path.resolve())
+    return given
 
 
 def with_task(config):
@@ -1356,9 +1479,7 @@ def check_options(config):
     world = rank_and_world()[1]
     if config.batch % world > 0 or (config.lang_coef > 0 and config.text_batch % world > 0):
         given = f"they are {config.batch} and {config.text_batch}"
-        raise InputError(
-            f"--batch and --text-batch must be multiples of {world} processes; {given}"
-        )
+        raise InputError(f"--batch and --text-batch must be multiples of {world}; {given}")
 
 
 def fetch(config):
@@ -1374,7 +1495,8 @@ def fetch(config):
 @contextmanager
 def run_folder(out):
     """Make the folder of a new run. Remove it if the run ends before its first checkpoint."""
-    with on_error(f"cannot make {out}; choose another --out, delete it, or --resume {out}"):
+    folder = shlex.quote(str(out))
+    with on_error(f"cannot make {out}; choose another --out, delete it, or --resume {folder}"):
         out.mkdir(parents=True)
     try:
         yield
@@ -1389,15 +1511,20 @@ def main(arguments):
     join_processes()
     if "resume" in given:
         out = Path(given.pop("resume"))
-        if given.keys() - {"device"}:
-            raise InputError("--resume takes the run's own settings; only --device may be given")
+        if given.keys() - {"device", "lm", "data", "text", "env"}:
+            allowed = "--device, and --lm, --data, --text and --env, if they have moved"
+            raise InputError(f"--resume takes the run's own settings, but for {allowed}")
         checkpoint = read_checkpoint(out)
         header = checkpoint["header"]
+        config = Config(**header["config"] | with_full_paths(given))
+        # A module that a file names is not imported unless the user names it, too.
+        if ":" in str(config.env) and "env" not in given:
+            raise InputError(f"the run evaluates in {config.env}; allow it with --env {config.env}")
         print(header["title"], flush=True)
-        return run(Config(**header["config"] | given), header["title"], out, checkpoint)
+        return run(config, header["title"], out, checkpoint)
 
     config, title = configure(given)
-    name = config.env or config.data.strip("/").replace("/", "-")
+    name = config.env if config.env in TASKS else config.data.strip("/").replace("/", "-")
     name = f"{name}-{config.method}-{config.ratio:g}-{config.seed}"
     out = Path(config.out or f"runs/{name}{'-demo' if config.demo else ''}")
     print(title, flush=True)

@@ -383,7 +383,7 @@ class Reference(torch.nn.Module):
             for embedder, x in zip(
                 (lamo.embed_return, lamo.embed_state, lamo.embed_action), inputs
             ):
-                token = self.mlp(embedder, x)
+                token = self.mlp(embedder, x.float())
                 token = (token - token.mean()) / torch.sqrt(token.var(correction=0) + 1e-5)
                 token = token * lamo.embed_ln.weight + lamo.embed_ln.bias
                 tokens.append(token + lamo.embed_timestep.weight[t])
@@ -407,7 +407,7 @@ class Reference(torch.nn.Module):
             predicted = self(*(batch[name][b, :length] for name in HISTORY))
             for k in range(length):
                 target = 2 * (batch["actions"][b, k] - low) / (high - low) - 1
-                errors.append(((predicted[k] - target) ** 2).mean())
+                errors.append(((predicted[k] - target.float()) ** 2).mean())
         return torch.stack(errors).mean()
 
 
@@ -466,7 +466,7 @@ def test_actions_are_clamped_and_in_the_environments_units(variant):
             last = reference(*(part[b, :length] for part in history))[-1]
             beyond += (last.abs() > 1).any()
             expected = low + (high - low) * (last.clamp(-1, 1) + 1) / 2
-            torch.testing.assert_close(acts[b], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(acts[b].float(), expected, atol=1e-4, rtol=1e-4)
     assert (beyond > 5) == (variant["embed"] == "mlp")  # tanh stays within
     unknown = [part.clone() for part in history]
     unknown[2][torch.arange(40), lengths - 1] = 100.0  # the action that is asked for
@@ -574,9 +574,7 @@ def test_windows_equal_a_brute_force_loop(lengths, context):
     torch.manual_seed(0)
     batch = trajectories.batch(60, context)
     starts = {
-        float(o[0]): (i, t)
-        for i, part in enumerate(observations)
-        for t, o in enumerate(part.astype(np.float32))
+        float(o[0]): (i, t) for i, part in enumerate(observations) for t, o in enumerate(part)
     }
     assert batch["timesteps"].dtype == torch.int64
     for b in range(60):
@@ -721,8 +719,10 @@ def hopper_run(out, **changes):
         "text": Text(tokens, tokens, 16),
         "environments": Environments(gym.spec("Hopper-v5")),
         "config": cpu_config(
-            steps=7, warmup=2, lr=1e-2, batch=4, context=5, lang_coef=0.5, grad_clip=0.1,
-            weight_decay=0.3, eval_every=3, episodes=1, targets=[300.0, 50.0], seed=5, **changes,
+            **{"steps": 7, "warmup": 2, "lr": 1e-2, "batch": 4, "context": 5, "lang_coef": 0.5}
+            | {"grad_clip": 0.1, "weight_decay": 0.3, "eval_every": 3, "episodes": 1}
+            | {"targets": [300.0, 50.0], "seed": 5}
+            | changes
         ),
         "header": HEADER,
         "out": out,
@@ -913,7 +913,7 @@ def test_an_episode_that_fails_is_counted_and_has_no_part_in_the_mean(capsys):
     )
     assert "4 failed" in evaluation.format_scores({"300": row}, (0, 100))
     row = evaluation.evaluate(policy, failing, (300, 50), 1, 1, (0, 100))["300"]
-    assert row["failed"] == 1 and math.isnan(row["return_mean"])
+    assert row["failed"] == 1 and row["return_mean"] is None
 
 
 def test_evaluation_scores():
@@ -1023,7 +1023,7 @@ def test_command_line_from_start_to_end(trained, lm_folder):
     assert "trunk.h.0.attn.c_attn.A" in weights and "trunk.wte.weight" not in weights
     policy, config, header = lamo.load(folder)
     assert not policy.training
-    environments = Environments(evaluation.EnvSpec.from_json(header["env_spec"]))
+    environments = Environments(evaluation.spec_from_json(header["env_spec"]))
     again = evaluation.evaluate(
         policy, environments, config.targets, 1, config.seed, header["reference"]
     )
@@ -1108,23 +1108,34 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
 
 
 def test_a_signal_lets_the_step_finish_and_a_second_one_does_not(tmp_path, monkeypatch):
-    handlers, run = {}, hopper_run(tmp_path / "run")
+    handlers, run, draw = {}, hopper_run(tmp_path / "run", eval_every=100), lamo.draw
     monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(lamo, "format_scores", lambda *_: "")
 
-    def interrupted(*_):
-        handlers[signal.SIGTERM](signal.SIGTERM, None)
-        with pytest.raises(SystemExit, match="1"):
-            handlers[signal.SIGINT](signal.SIGINT, None)
-        return {}
+    def interrupted(*arguments):
+        if arguments[-1] == 3:
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+            with pytest.raises(SystemExit, match="stopped"):
+                handlers[signal.SIGINT](signal.SIGINT, None)
+        return draw(*arguments)
 
-    monkeypatch.setattr(lamo, "evaluate", interrupted)
+    monkeypatch.setattr(lamo, "draw", interrupted)
     with pytest.raises(
         SystemExit, match="stopped after 4 steps; resume with: python lamo.py --resume"
     ):
         lamo.train(**run)
     assert lamo.read_checkpoint(tmp_path / "run")["step"] == 4
     assert handlers == {signal.SIGINT: None, signal.SIGTERM: None}  # as it was before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_an_evaluation_at_once(tmp_path, monkeypatch, number):
+    handlers, run = {}, hopper_run(tmp_path / "run")
+    monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(lamo, "evaluate", lambda *_: handlers[number](number, None))
+    with pytest.raises(SystemExit, match="stopped; --resume"):
+        lamo.train(**run)
+    assert lamo.read_checkpoint(tmp_path / "run")["step"] == 3  # saved before the evaluation
+    assert handlers == {signal.SIGINT: None, signal.SIGTERM: None}
 
 
 def test_a_thread_trains_without_catching_signals(tmp_path, monkeypatch):
@@ -1222,7 +1233,7 @@ def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
     options = f"{SHORT} --ratio 1 --env kitchen-complete --data D4RL/kitchen/complete-v2 --targets 4 --bf16"
     lamo.main(f"{options} --lm {lm_folder} --out {tmp_path / 'run'}".split())
     policy, config, header = lamo.load(tmp_path / "run")
-    spec = evaluation.EnvSpec.from_json(header["env_spec"])
+    spec = evaluation.spec_from_json(header["env_spec"])
     assert header["reference"] == (0, 4) and policy.trunk.bf16
     assert len(policy.state_mean) == 59 and policy.max_timesteps == spec.max_episode_steps == 280
     assert spec.kwargs["tasks_to_complete"] == [
@@ -1247,7 +1258,7 @@ def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folde
         f"{SHORT} --targets 1 --env {name} --method {method} {lm} --out {tmp_path / 'run'}".split()
     )
     policy, config, header = lamo.load(tmp_path / "run")
-    task, spec = lamo.TASKS[name], evaluation.EnvSpec.from_json(header["env_spec"])
+    task, spec = lamo.TASKS[name], evaluation.spec_from_json(header["env_spec"])
     assert spec.id == task.env_id.split(":")[-1] and config.data == f"demo/lamo/{name}/demo-v0"
     assert (
         config.context == task.context and header["arguments"]["return_scale"] == task.return_scale
@@ -1259,6 +1270,470 @@ def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folde
     assert 1 <= scores["best"]["length_mean"] <= spec.max_episode_steps and math.isfinite(
         scores["best"]["return_mean"]
     )
+
+
+# ---------------------------------------------------------------------------- what people bring
+SHORT_DT = "--demo --device cpu --method dt --steps 2 --batch 4 --episodes 2"
+
+
+class Point(gym.Env):
+    """An environment as users write them: no render_mode, float64 bounds that it insists on."""
+
+    reward_type = float
+
+    def __init__(self, bound=0.1, dtype=np.float64):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        self.action_space = gym.spaces.Box(-bound, bound, (2,), dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.normal(size=3)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.state = 0.9 * self.state + np.append(action, 0)
+        return self.state.copy(), self.reward_type(-np.abs(self.state).sum()), False, False, {}
+
+
+class PointWithArrays(Point):
+    def reward_type(self, reward):
+        return np.array([reward])
+
+
+class Broken(Point):
+    def step(self, action):
+        raise RuntimeError("broke down")
+
+
+for name, limit in (("Point", 12), ("PointWithArrays", 12.0), ("Broken", 12)):
+    gym.register(f"{name}-v0", entry_point=f"test_lamo:{name}", max_episode_steps=limit)
+
+
+def play(env, episodes=4, steps=8, actions=None):
+    """Record random episodes, cut off after some steps, as arrays."""
+    recorded = []
+    for seed in range(episodes):
+        env.action_space.seed(seed)
+        observations, taken, rewards = [env.reset(seed=seed)[0]], [], []
+        for _ in range(steps + seed):
+            taken.append(env.action_space.sample() if actions is None else actions(env))
+            observation, reward, terminated, *_ = env.step(taken[-1])
+            observations.append(observation)
+            rewards.append(reward)
+            if terminated:
+                break
+        recorded.append((stack(observations), taken, rewards))
+    return recorded
+
+
+def change_metadata(folder, **changes):
+    path = folder / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def start(data, out, *options):
+    lamo.main([*SHORT_DT.split(), "--data", str(data), "--out", str(out), *options])
+
+
+@pytest.mark.parametrize("missing", [(0, 2), (0, 1, 2, 3)])
+def test_episodes_may_lack_the_last_observation(tmp_path, missing):
+    folder = save_dataset("test/short-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
+    whole = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        for number in missing:
+            observations = file[f"episode_{number}/observations"][:-1]
+            del file[f"episode_{number}/observations"]
+            file[f"episode_{number}/observations"] = observations
+    short = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+    for part in ("states", "actions", "returns_to_go", "timesteps", "last"):
+        assert torch.equal(getattr(short, part), getattr(whole, part)), part
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        observations = file["episode_3/observations"][:-1]
+        del file["episode_3/observations"]
+        file["episode_3/observations"] = np.concatenate([observations] * 3)
+    with pytest.raises(InputError, match="episode 3 has .* states and .* actions"):
+        Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+
+
+def test_an_empty_episode_is_dropped_and_counted(tmp_path, capsys):
+    folder = save_dataset("test/empty-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        for part in ("actions", "rewards", "terminations", "truncations"):
+            shape = (0, *file[f"episode_1/{part}"].shape[1:])
+            del file[f"episode_1/{part}"]
+            file[f"episode_1/{part}"] = np.empty(shape)
+    trajectories = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+    assert len(trajectories.lengths) == 3
+    assert "dropped 1 of 4 trajectories, which are empty" in capsys.readouterr().out
+
+
+def test_numbers_are_centred_before_they_are_rounded():
+    """With an offset of a billion, float32 has a resolution of 64."""
+    observations, actions, rewards = some_trajectories()
+    torch.manual_seed(0)
+    losses = []
+    for offset in (0.0, 1e9):
+        data = [part + offset for part in observations]
+        trajectories = Trajectories(data, actions, rewards)
+        model = tiny_lamo(embed="linear").eval()
+        states = trajectories.state_mean.tolist(), trajectories.state_std.tolist()
+        model.state_mean, model.state_std = (
+            torch.tensor(part, dtype=torch.float64) for part in states
+        )
+        torch.manual_seed(1)
+        losses.append(model.action_loss(trajectories.batch(64, 5)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "returns, targets, scale",
+    [(0.0, "1", 1.0), (0.0, "0", 1.0), (1e-4, "1", 1.0), (40.0, "5", 100.0)],
+)
+def test_a_return_scale_fits_the_returns_and_the_targets(tmp_path, returns, targets, scale):
+    episodes = [
+        (o, a, np.full(len(a), returns / len(a))) for o, a, _ in play(gym.make("Hopper-v5"))
+    ]
+    folder = save_dataset("test/zero-v0", "Hopper-v5", episodes)
+    start(folder, tmp_path / "run", "--targets", targets)
+    assert read_log(tmp_path / "run")[0]["arguments"]["return_scale"] == scale
+
+
+@pytest.mark.parametrize("name", ["Point-v0", "PointWithArrays-v0"])
+def test_any_environment_can_be_named(tmp_path, name, capsys):
+    """One without render_mode, with strict bounds, rewards in arrays, a float as time limit."""
+    folder = save_dataset("test/point-v0", gym.make("Point-v0"), play(gym.make("Point-v0")))
+    start(folder, tmp_path / "run", "--env", f"test_lamo:{name}")
+    scores = read_scores(tmp_path / "run")
+    assert scores["best"]["failed"] == 0 and scores["best"]["length_mean"] == 12
+    capsys.readouterr()
+    evaluation.main([str(tmp_path / "run"), "--env", f"test_lamo:{name}"])
+    assert f"{scores['best']['return_mean']:.1f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_environment_of_ones_own_has_to_be_named(tmp_path):
+    """In processes that do not know it."""
+    module = 'import gymnasium\ngymnasium.register("Mine-v0", "gymnasium.envs.mujoco.hopper_v5:HopperEnv")\n'
+    (tmp_path / "mine.py").write_text(module)
+    folder, out = (
+        save_dataset("test/mine-v0", "Hopper-v5", play(gym.make("Hopper-v5"))),
+        tmp_path / "run",
+    )
+    spec = json.loads(gym.spec("Hopper-v5").to_json()) | {"id": "Mine-v0"}
+    change_metadata(folder, env_spec=json.dumps(spec))
+    run = ["lamo.py", *SHORT_DT.split(), "--data", folder, "--out", out]
+    again, resume = ["eval.py", out], ["lamo.py", "--resume", out]
+    named = ["--env", "mine:Mine-v0"]
+    paths = {"PYTHONPATH": f"{HERE}{os.pathsep}{tmp_path}"}
+    for arguments, words in (
+        (run, "Gymnasium does not know the environment Mine-v0; name an environment, --env ID"),
+        (run + named, ""),
+        (again, "name one with --env"),
+        (again + named, ""),
+        (resume, "allow it with --env mine:Mine-v0"),
+        (resume + named, ""),
+    ):
+        result = command(*arguments, **paths)
+        assert words in result.stderr and result.returncode == (2 if words else 0), result.stderr
+
+
+def test_actions_at_the_bounds_stay_within_them():
+    """float32 rounds 0.1 up."""
+    policy, environments = Script(), Environments(evaluation.spec_of("test_lamo:Point-v0"), 2)
+    policy.weight = torch.nn.Parameter(torch.full((2, 3), 100.0))
+    policy.act = lambda *inputs: torch.tensor([[1.0, -1.0]]).expand(len(inputs[0]), 2)
+    returns, _ = evaluation.rollout(policy, environments, [1.0], 2, 0)
+    assert np.isfinite(returns).all()
+
+
+def test_integer_actions_are_rounded():
+    spaces = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Box(-5, 5, (2,), np.int64)
+    histories = evaluation.Histories(1, 4, *spaces)
+    histories.add(0, 1.0, np.zeros(3))
+    policy = Script()
+    policy.act = lambda *_: torch.tensor([[2.6, -7.2]])
+    actions = histories.act(policy, [0])
+    assert actions.tolist() == [[3, -5]] and actions.dtype == np.int64
+    assert histories.actions[0, 0].tolist() == [3, -5]
+
+
+def test_a_dataset_without_environment_trains_without_evaluating(tmp_path):
+    spaces = {
+        "observation_space": gym.spaces.Box(-9, 9, (3,)),
+        "action_space": gym.spaces.Box(-1, 1, (2,)),
+    }
+    folder = save_dataset("test/none-v0", None, play(gym.make("Point-v0")), **spaces)
+    with pytest.raises(InputError, match="no environment is recorded; .*--env none"):
+        start(folder, tmp_path / "run")
+    start(folder, tmp_path / "run", "--env", "none")
+    assert read_scores(tmp_path / "run")["best"] is None
+    policy, config, header = lamo.load(tmp_path / "run")
+    assert header["env_spec"] is None and policy.max_timesteps == 11
+    with pytest.raises(InputError, match="name one with --env"):
+        evaluation.main([str(tmp_path / "run")])
+
+
+WRAPPERS = {
+    "NormalizeObservation": lambda env: gym.wrappers.NormalizeObservation(env),
+    "NormalizeReward": lambda env: gym.wrappers.NormalizeReward(env),
+    "RecordVideo": None,  # would write files
+    "Monitor": None,  # of somebody else
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_that_cannot_be_rebuilt_are_named(tmp_path, name, capsys):
+    env = gym.make("InvertedPendulum-v5")
+    folder = save_dataset(
+        "test/wrapped-v0", WRAPPERS[name](env) if WRAPPERS[name] else env, play(env)
+    )
+    if not WRAPPERS[name]:
+        spec = json.loads(env.spec.to_json())
+        spec["additional_wrappers"] = [
+            {"name": name, "entry_point": f"gymnasium.wrappers:{name}", "kwargs": {}}
+        ]
+        change_metadata(folder, env_spec=json.dumps(spec))
+    with pytest.raises(
+        InputError, match=f"the wrapper {name} of InvertedPendulum-v5 cannot be rebuilt.*--env"
+    ):
+        start(folder, tmp_path / "run")
+    start(folder, tmp_path / "run", "--env", "InvertedPendulum-v5")
+    assert f"without the dataset's wrapper {name}" in capsys.readouterr().out
+
+
+def test_wrappers_that_keep_nothing_are_rebuilt(tmp_path):
+    env = gym.wrappers.RescaleAction(gym.make("InvertedPendulum-v5"), -7.0, 7.0)
+    folder = save_dataset("test/rescaled-v0", env, play(env))
+    start(folder, tmp_path / "run")
+    policy, *_ = lamo.load(tmp_path / "run")
+    assert policy.action_radius.tolist() == [7.0]
+    evaluation.main([str(tmp_path / "run")])
+
+
+def test_actions_without_bounds_have_those_of_the_data(tmp_path, capsys):
+    env, rng = gym.wrappers.ClipAction(gym.make("Pendulum-v1")), np.random.default_rng(0)
+    episodes = play(env, actions=lambda env: rng.normal(size=1).astype(np.float32))
+    start(save_dataset("test/clip-v0", env, episodes), tmp_path / "run")
+    policy, *_ = lamo.load(tmp_path / "run")
+    taken = np.concatenate([actions for _, actions, _ in episodes])
+    bounds = (
+        policy.action_center - policy.action_radius,
+        policy.action_center + policy.action_radius,
+    )
+    assert [bound.item() for bound in bounds] == pytest.approx([taken.min(), taken.max()])
+    assert "the actions have no bounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "limit, terminates, options, expected",
+    [
+        (1_000_000, False, [], 11),  # as Minari's mazes
+        (1_000_000, True, [], 1_000_000),  # the environment ends episodes by itself
+        (50, False, [], 50),
+        (1_000_000, False, ["--max-steps", "30"], 30),
+        (1_000_000, True, ["--max-steps", "5"], 5),
+    ],
+)
+def test_the_longest_episode_follows_the_data(
+    tmp_path, capsys, limit, terminates, options, expected
+):
+    env = gym.make("Hopper-v5", max_episode_steps=limit)
+    folder = save_dataset("test/long-v0", env, play(env))
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        for episode in file.values():
+            episode["terminations"][-1] = terminates
+    start(folder, tmp_path / "run", *options)
+    assert f"episodes of at most {expected} steps" in capsys.readouterr().out
+    policy, _, header = lamo.load(tmp_path / "run")
+    assert json.loads(header["env_spec"])["max_episode_steps"] == expected
+    assert policy.max_timesteps == max(expected, 11)
+    assert read_scores(tmp_path / "run")["best"]["length_mean"] <= expected
+
+
+def test_a_run_in_which_every_episode_fails_has_no_best(tmp_path):
+    folder = save_dataset("test/broken-v0", gym.make("Point-v0"), play(gym.make("Point-v0")))
+    with pytest.raises(InputError, match="every episode of the evaluation failed"):
+        start(folder, tmp_path / "run", "--env", "test_lamo:Broken-v0")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text(), parse_constant=refuse)
+    assert scores["best"] is None
+    for row in scores["targets"].values():
+        assert row["failed"] == 2 and row["return_mean"] is None
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    with pytest.raises(InputError, match="every episode failed"):
+        evaluation.main([str(tmp_path / "run"), "--env", "test_lamo:Broken-v0"])
+
+
+@pytest.mark.parametrize("part", ["data", "data/main_data.hdf5"])
+def test_a_dataset_may_be_named_by_its_parts(part):
+    dataset = lamo.load_dataset(str(HOPPER.parent / part))
+    assert dataset.id == "lamo/hopper/demo-v0"
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("d4rl", "but of D4RL; take Minari's own"),
+        ("minari 0.4", "but of an older Minari"),
+        ("empty folder", "no dataset of Minari 0.5: that is a folder with"),
+        ("other file", "no dataset of Minari 0.5: that is a folder with"),
+        ("nothing", "neither a folder nor an id"),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_no_dataset_is_told_by_its_contents(tmp_path, kind, words, inside):
+    file = tmp_path / "some" / "data" / "main_data.hdf5"
+    file.parent.mkdir(parents=True)
+    if kind in ("d4rl", "minari 0.4"):
+        with h5py.File(file, "w") as content:
+            content["observations" if kind == "d4rl" else "episode_0/actions"] = np.zeros(3)
+    elif kind == "other file":
+        file.write_text("words")
+    name = "some/nothing" if kind == "nothing" else "some/data/main_data.hdf5" if inside else "some"
+    if kind == "empty folder":
+        name = "some/data" if inside else "some"
+    with pytest.raises(InputError, match=words):
+        lamo.load_dataset(str(tmp_path / name))
+
+
+# ---------------------------------------------------------------------------- what a file brings is data
+TRAP = """
+from pathlib import Path
+import gymnasium
+Path("trap.txt").write_text("this ran")
+class Trap(gymnasium.Wrapper):
+    def __init__(self, env=None, **kwargs):
+        Path("trap.txt").write_text("this ran")
+def load(*arguments, **keywords):
+    Path("trap.txt").write_text("this ran")
+"""
+TRAPS = {
+    "entry point": {"entry_point": "trap:load"},
+    "hub": {
+        "entry_point": "torch.hub:load",
+        "kwargs": {"repo_or_dir": ".", "model": "load", "source": "local"},
+    },
+    "prefix": {"id": "trap:Hopper-v5", "entry_point": "trap:load"},
+    "no such id": {"id": "Trap-v0", "entry_point": "None.load"},
+    "wrapper": {
+        "additional_wrappers": [{"name": "Trap", "entry_point": "trap:Trap", "kwargs": {}}]
+    },
+    "false name": {
+        "additional_wrappers": [{"name": "ClipAction", "entry_point": "trap:Trap", "kwargs": {}}]
+    },
+}
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """A working directory that runs code if it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("trap.py", "hubconf.py"):
+        (tmp_path / name).write_text(TRAP)
+    yield tmp_path / "trap.txt"
+    sys.modules.pop("trap", None)
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_an_environment_from_a_file_runs_no_code(name, trap, tmp_path):
+    spec = json.dumps(json.loads(gym.spec("Hopper-v5").to_json()) | TRAPS[name])
+    folder = save_dataset("test/trap-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
+    for key in ("env_spec", "eval_env_spec"):
+        change_metadata(
+            folder,
+            **{"env_spec": gym.spec("Hopper-v5").to_json(), "eval_env_spec": None, key: spec},
+        )
+        with pytest.raises(InputError, match="--env"):
+            start(folder, tmp_path / "run")
+    start(folder, tmp_path / "run", "--env", "Hopper-v5")  # the user's word goes
+    path = tmp_path / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["header"]["env_spec"] = spec
+    checkpoint["header"]["config"]["env"] = "trap:Hopper-v5"
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="name one with --env"):
+        evaluation.main([str(tmp_path / "run")])
+    with pytest.raises(InputError, match="allow it with --env"):
+        lamo.main(["--resume", str(tmp_path / "run")])
+    assert not trap.exists()
+
+
+def test_a_pickled_object_in_a_checkpoint_is_not_made(trap, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.write_text, (trap, "this ran")
+
+    (tmp_path / "run").mkdir()
+    torch.save({"version": lamo.VERSION, "header": Trap()}, tmp_path / "run" / "checkpoint.pt")
+    for command_line in (lambda: evaluation.main(["run"]), lambda: lamo.main(["--resume", "run"])):
+        with pytest.raises(InputError, match="cannot read run/checkpoint.pt"):
+            command_line()
+    assert not trap.exists()
+
+
+# ---------------------------------------------------------------------------- a run folder can move
+def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monkeypatch, lm_folder):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(lm_folder, tmp_path / "my lm")
+    shutil.copytree(HOPPER.parent, tmp_path / "my data")
+    (tmp_path / "my text.txt").write_text(100 * WORDS)
+    options = [
+        *SHORT.split(),
+        "--lm",
+        "my lm",
+        "--data",
+        "my data",
+        "--text",
+        "my text.txt",
+        "--out",
+        "my run",
+    ]
+    lamo.main(options)
+    scores = read_scores(tmp_path / "my run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    lamo.main(["--resume", "../my run"])
+    evaluation.main(["../my run"])
+    for name in ("my lm", "my data", "my text.txt", "my run"):
+        (tmp_path / name).rename(tmp_path / f"moved {name}")
+    with pytest.raises(InputError, match="cannot find a GPT-2"):
+        evaluation.main(["../moved my run"])
+    evaluation.main(["../moved my run", "--lm", "../moved my lm"])
+    moved = [
+        "--lm",
+        "../moved my lm",
+        "--data",
+        "../moved my data",
+        "--text",
+        "../moved my text.txt",
+    ]
+    lamo.main(["--resume", "../moved my run", *moved])
+    assert read_scores(tmp_path / "moved my run")["targets"] == scores["targets"]
+    with pytest.raises(InputError, match="is not the language model"):
+        evaluation.main(["../moved my run", "--lm", "demo/gpt2-tiny"])
+
+
+def test_the_readmes_loop_gives_the_return_of_an_evaluation(trained, capsys):
+    """The code block of the README that acts step by step, as it is written there."""
+    block = (
+        (HERE / "README.md")
+        .read_text()
+        .split("    import gymnasium as gym, lamo\n")[1]
+        .split("\n\n")[0]
+    )
+    code = "import gymnasium as gym, lamo\n" + "\n".join(line[4:] for line in block.splitlines())
+    code = code.replace("runs/hopper-lamo-0.1-0-demo", str(trained[0])).replace(
+        ", 3600,", ", 1500,"
+    )
+    exec(code, names := {})
+    expected = read_scores(trained[0])["targets"]["1500"]["return_mean"]
+    assert names["total"] == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------- where assets come from
