@@ -582,10 +582,8 @@ class Trajectories:
             if delayed:
                 reward = np.append(np.zeros(T - 1), reward.sum())
             states = vector(episode.observations)
-            if len(states) not in (
-                T,
-                T + 1,
-            ):  # some sets lack the last one, which no action follows
+            # Some datasets lack the last state, which no action follows.
+            if len(states) not in (T, T + 1):
                 raise InputError(f"episode {episode.id} has {len(states)} states and {T} actions")
             observations.append(states[:T])
             actions.append(episode.actions)
@@ -689,7 +687,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     scores = {}
     model.train()
 
-    with StopSignals() as signals:
+    with StopSignals(out) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
@@ -703,19 +701,15 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             if evaluating or stopping or recorder.save_is_due():
                 recorder.save(step, model, optimizer)
             if stopping:
-                folder = shlex.quote(str(out))
-                sys.exit(
-                    f"stopped after {step} steps; resume with: python lamo.py --resume {folder}"
-                )
+                sys.exit(f"stopped after {step} steps; {signals.advice}")
 
             # Evaluate in the simulator. Under torchrun the other processes wait.
             if evaluating and evaluates:
-                signals.stop_at_once = True
-                scores = evaluate(
-                    model, environments, config.targets, config.episodes, first_seed(config),
-                    header["reference"], config.delayed,
-                )  # fmt: skip
-                signals.stop_at_once = False
+                with signals.at_once():
+                    scores = evaluate(
+                        model, environments, config.targets, config.episodes, first_seed(config),
+                        header["reference"], config.delayed,
+                    )  # fmt: skip
                 recorder.log_scores(step, scores)
             if step == config.steps:
                 return scores
@@ -723,7 +717,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             # Draw windows of trajectories and crops of text.
             batch, tokens = draw(trajectories, text, config, step)
 
-            # L = action loss + lambda * language loss: LaMo's part 4 (paper, section 4.3).
+            # L = action loss + lambda * language loss: LaMo's part 4 (paper, section 4).
             action_loss, language_loss = learner(batch, tokens)
             loss = action_loss + config.lang_coef * language_loss
 
@@ -769,19 +763,32 @@ def first_seed(config):
 
 
 class StopSignals:
-    """Catches Ctrl-C and SIGTERM, so that a run stops between two steps, while it is entered.
+    """While it is entered, catches Ctrl-C and SIGTERM, so that a run stops between two steps.
 
-    A second signal ends the run at once, and so does the first while `stop_at_once` is set. Only the
-    main thread can catch signals; in any other, nothing is caught.
+    A second signal ends the run at once. Only the main thread can catch signals; in any other,
+    nothing is caught.
     """
 
-    def __init__(self):
-        self.received, self.stop_at_once, self.previous = False, False, {}
+    def __init__(self, out):
+        self.received, self.waits, self.previous = False, True, {}
+        self.advice = f"resume with: python lamo.py --resume {shlex.quote(str(out))}"
+
+    def stop(self):
+        sys.exit(f"stopped; {self.advice}")
 
     def handle(self, number, frame):
-        if self.received or self.stop_at_once:
-            sys.exit("stopped; --resume goes on from the last checkpoint")
+        if self.received or not self.waits:
+            self.stop()
         self.received = True
+
+    @contextmanager
+    def at_once(self):
+        """Let a signal end the run at once, also one that has come already."""
+        if self.received:
+            self.stop()
+        self.waits = False
+        yield
+        self.waits = True
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -1091,7 +1098,7 @@ def recorded_rewards(dataset, episode):
 def evaluation_spec(dataset, env):
     """Return the EnvSpec to evaluate in: what the user names, else the dataset's environment.
 
-    If the dataset's cannot be made, a task brings its own, except for a kitchen, whose subtasks only
+    If that cannot be made, a task brings its own, except for a kitchen, whose subtasks only
     the dataset knows. Raises InputError if there is no environment.
     """
     metadata = dataset.storage.metadata
