@@ -180,8 +180,7 @@ class Histories:
 
     def clear(self, row):
         """Forget the episode of a row."""
-        for array in (*self.arrays(), self.lengths, self.episode_steps):
-            array[row] = 0
+        self.lengths[row] = self.episode_steps[row] = 0
 
     def add(self, row, return_to_go, state):
         """Add a step whose action is not known yet. In a full row, drop the oldest step."""
