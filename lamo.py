@@ -264,6 +264,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)"""
+        # Nothing is dropped in evaluation mode, so one product with W + (alpha / r) B A is enough.
+        if not self.training:
+            update = (self.B @ self.A).flatten(0, 1)  # (out, in)
+            return F.linear(x, self.weight + self.scale * update, self.bias)
         dropped = self.dropout(x)
         updates = [dropped @ A.T @ B.T for A, B in zip(self.A, self.B)]  # (..., out / parts) each
         return F.linear(x, self.weight, self.bias) + self.scale * torch.cat(updates, dim=-1)
@@ -559,41 +563,6 @@ class Trajectories:
         self.last = torch.tensor(np.repeat(last, self.lengths), device=device)  # (N,)
         parts = self.states, self.actions, self.returns_to_go, self.timesteps, self.last
         assert len({len(part) for part in parts}) == 1, "the parts differ in length"
-
-    @classmethod
-    def from_minari(cls, dataset, ratio, seed, delayed=False, device="cpu"):
-        """Return a random share of the trajectories of a MinariDataset.
-
-        `delayed` moves all reward of a trajectory to its last step.
-        """
-        total = dataset.total_episodes
-        count = int(ratio * total + 1e-9)
-        if count == 0:
-            raise InputError(f"--ratio {ratio:g} of {total} trajectories leaves none")
-        shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
-        episodes = dataset.iterate_episodes(np.sort(shuffled[:count]))
-
-        observations, actions, rewards, terminated = [], [], [], []
-        for episode in tqdm(episodes, "reading", count, leave=False, disable=None):
-            T = len(episode.actions)
-            if T == 0:
-                continue
-            reward = recorded_rewards(dataset, episode).reshape(T).astype(np.float64)
-            if delayed:
-                reward = np.append(np.zeros(T - 1), reward.sum())
-            states = vector(episode.observations)
-            # Some datasets lack the last state, which no action follows.
-            if len(states) not in (T, T + 1):
-                raise InputError(f"episode {episode.id} has {len(states)} states and {T} actions")
-            observations.append(states[:T])
-            actions.append(episode.actions)
-            rewards.append(reward)
-            terminated.append(bool(episode.terminations[-1]))
-        if len(rewards) < count:
-            print(f"dropped {count - len(rewards)} of {count} trajectories, which are empty")
-        if not rewards:
-            raise InputError("no trajectory has any step")
-        return cls(observations, actions, rewards, device, terminated)
 
     def batch(self, size, context):
         """Draw random windows: a start uniformly over all steps, and the steps that follow it.
@@ -1044,6 +1013,7 @@ def load_text(lm, text, block):
         return Text(train, held_out, block)
 
 
+# -------------------------------------------------------------------------------- datasets
 def load_dataset(name):
     """Return the MinariDataset of a folder or an id, from Minari's own folder or from the hub."""
     minari_root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
@@ -1079,7 +1049,41 @@ def advice_on(path):
     return ": that is a folder with data/main_data.hdf5 and data/metadata.json"
 
 
-# -------------------------------------------------------------------------------- environments
+def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
+    """Return a random share of the episodes of a MinariDataset, as Trajectories.
+
+    `delayed` moves all reward of a trajectory to its last step.
+    """
+    total = dataset.total_episodes
+    count = int(ratio * total + 1e-9)
+    if count == 0:
+        raise InputError(f"--ratio {ratio:g} of {total} trajectories leaves none")
+    shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
+    episodes = dataset.iterate_episodes(np.sort(shuffled[:count]))
+
+    observations, actions, rewards, terminated = [], [], [], []
+    for episode in tqdm(episodes, "reading", count, leave=False, disable=None):
+        T, states = len(episode.actions), vector(episode.observations)
+        if T == 0:
+            continue
+        # Some datasets lack the last state, which no action follows.
+        if len(states) not in (T, T + 1) or len(episode.rewards) != T:
+            lengths = f"{len(states)} states, {T} actions and {len(episode.rewards)} rewards"
+            raise InputError(f"episode {episode.id} has {lengths}")
+        reward = recorded_rewards(dataset, episode).reshape(T).astype(np.float64)
+        if delayed:
+            reward = np.append(np.zeros(T - 1), reward.sum())
+        observations.append(states[:T])
+        actions.append(episode.actions)
+        rewards.append(reward)
+        terminated.append(bool(episode.terminations[-1]))
+    if len(rewards) < count:
+        print(f"dropped {count - len(rewards)} of {count} trajectories, which are empty")
+    if not rewards:
+        raise InputError("no trajectory has any step")
+    return Trajectories(observations, actions, rewards, device, terminated)
+
+
 def recorded_rewards(dataset, episode):
     """Return the rewards (T,) of an episode.
 
@@ -1240,7 +1244,7 @@ def prepare(config, title):
     # The dataset brings its environment.
     with on_error(f"cannot use the dataset --data {config.data}"):
         dataset = load_dataset(config.data)
-        trajectories = Trajectories.from_minari(
+        trajectories = read_trajectories(
             dataset, config.ratio, config.seed, config.delayed, config.device
         )
         environments = None

@@ -297,7 +297,8 @@ def test_lora_follows_the_formula_and_starts_as_the_original():
         ]  # alpha / r = 2; a pair each for q, k and v
         expected = linear(x) + torch.cat(parts, dim=-1)
         torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(lora.eval()(x[0]), expected[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(lora.eval()(x), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(lora.train()(x[0]), expected[0], atol=1e-5, rtol=0)
     lora = LoRALinear(torch.nn.Linear(400, 1200), rank=16, alpha=8, dropout=0.0)
     assert lora.A.shape == (3, 16, 400) and lora.B.shape == (3, 400, 16) and not lora.B.any()
     bound = math.sqrt(
@@ -607,25 +608,25 @@ def test_starts_are_uniform_over_steps():
 
 def test_minari_share_is_seeded_and_whole():
     dataset = minari.MinariDataset(HOPPER)
-    some = Trajectories.from_minari(dataset, 0.1, seed=0)
+    some = lamo.read_trajectories(dataset, 0.1, seed=0)
     assert len(some.returns) == int(0.1 * dataset.total_episodes)
-    assert np.array_equal(some.returns, Trajectories.from_minari(dataset, 0.1, seed=0).returns)
-    assert not np.array_equal(some.returns, Trajectories.from_minari(dataset, 0.1, seed=1).returns)
+    assert np.array_equal(some.returns, lamo.read_trajectories(dataset, 0.1, seed=0).returns)
+    assert not np.array_equal(some.returns, lamo.read_trajectories(dataset, 0.1, seed=1).returns)
     assert len(np.unique(some.returns)) == len(some.returns)  # without replacement
     first = some.returns_to_go[: some.lengths[0]]
     assert first[0].item() == pytest.approx(some.returns[0]) and first[-1] < first[0]  # not delayed
-    every = Trajectories.from_minari(dataset, 1.0, seed=0)
+    every = lamo.read_trajectories(dataset, 1.0, seed=0)
     np.testing.assert_allclose(
         every.returns, [e.rewards.astype(np.float64).sum() for e in dataset], rtol=1e-6
     )
     assert torch.equal(
         every.states, torch.from_numpy(np.concatenate([e.observations[:-1] for e in dataset]))
     )
-    assert len(Trajectories.from_minari(dataset, 1 / dataset.total_episodes, 0).returns) == 1
+    assert len(lamo.read_trajectories(dataset, 1 / dataset.total_episodes, 0).returns) == 1
     with pytest.raises(InputError, match="of 183 trajectories leaves none"):
-        Trajectories.from_minari(dataset, 0.005, 0)
+        lamo.read_trajectories(dataset, 0.005, 0)
     plain, delayed = (
-        Trajectories.from_minari(dataset, 0.05, 0, delayed) for delayed in (False, True)
+        lamo.read_trajectories(dataset, 0.05, 0, delayed) for delayed in (False, True)
     )
     np.testing.assert_allclose(plain.returns, delayed.returns)
     assert torch.equal(plain.states, delayed.states) and not torch.equal(
@@ -744,7 +745,7 @@ def hopper_run(out, **changes):
     tokens = np.random.default_rng(0).integers(300, size=200).astype(np.uint16)
     return {
         "model": tiny_lamo(S=11, bounds=[[-1.0] * 3, [1.0] * 3], max_timesteps=1000, **DROPOUT),
-        "trajectories": Trajectories.from_minari(minari.MinariDataset(HOPPER), 0.05, 0),
+        "trajectories": lamo.read_trajectories(minari.MinariDataset(HOPPER), 0.05, 0),
         "text": Text(tokens, tokens, 16),
         "environments": Environments(gym.spec("Hopper-v5")),
         "config": cpu_config(
@@ -1383,21 +1384,21 @@ def start(data, out, *options):
 @pytest.mark.parametrize("missing", [(0, 2), (0, 1, 2, 3)])
 def test_episodes_may_lack_the_last_observation(tmp_path, missing):
     folder = save_dataset("test/short-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
-    whole = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+    whole = lamo.read_trajectories(minari.MinariDataset(folder / "data"), 1.0, 0)
     with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
         for number in missing:
             observations = file[f"episode_{number}/observations"][:-1]
             del file[f"episode_{number}/observations"]
             file[f"episode_{number}/observations"] = observations
-    short = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+    short = lamo.read_trajectories(minari.MinariDataset(folder / "data"), 1.0, 0)
     for part in ("states", "actions", "returns_to_go", "timesteps", "last"):
         assert torch.equal(getattr(short, part), getattr(whole, part)), part
     with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
         observations = file["episode_3/observations"][:-1]
         del file["episode_3/observations"]
         file["episode_3/observations"] = np.concatenate([observations] * 3)
-    with pytest.raises(InputError, match="episode 3 has .* states and .* actions"):
-        Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+    with pytest.raises(InputError, match="episode 3 has 33 states, 11 actions and 11 rewards"):
+        lamo.read_trajectories(minari.MinariDataset(folder / "data"), 1.0, 0)
 
 
 def test_an_empty_episode_is_dropped_and_counted(tmp_path, capsys):
@@ -1407,7 +1408,7 @@ def test_an_empty_episode_is_dropped_and_counted(tmp_path, capsys):
             shape = (0, *file[f"episode_1/{part}"].shape[1:])
             del file[f"episode_1/{part}"]
             file[f"episode_1/{part}"] = np.empty(shape)
-    trajectories = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 1.0, 0)
+    trajectories = lamo.read_trajectories(minari.MinariDataset(folder / "data"), 1.0, 0)
     assert len(trajectories.lengths) == 3
     assert "dropped 1 of 4 trajectories, which are empty" in capsys.readouterr().out
 
@@ -1883,7 +1884,7 @@ def test_any_dataset_brings_its_environment(env_id, tmp_path, lm_folder):
     lamo.main(f"{options} --data {folder} --lm {lm_folder} --out {out}".split())
     policy, config, header = lamo.load(out)
     assert policy.action_radius.tolist() == [RANGES[env_id]] * len(policy.action_radius)
-    returns = Trajectories.from_minari(minari.MinariDataset(folder / "data"), 0.5, 0).returns
+    returns = lamo.read_trajectories(minari.MinariDataset(folder / "data"), 0.5, 0).returns
     best, largest = returns.max(), max(abs(returns)) or 1  # all zero: nothing to scale
     half = best / 2 if best > 0 else 2 * best  # of a negative return, half is more
     assert config.targets == pytest.approx((best, half) if best else (0,)) and config.context == 20
@@ -2540,7 +2541,7 @@ def test_everything_comes_from_the_hub_and_stays_in_the_caches(tmp_path, lm_fold
 def test_cuda_agrees_with_cpu(trained):
     on_cpu, _, _ = lamo.load(trained[0], "cpu")
     on_cuda, _, header = lamo.load(trained[0], "cuda")
-    trajectories = Trajectories.from_minari(minari.MinariDataset(HOPPER), 0.05, 0, device="cuda")
+    trajectories = lamo.read_trajectories(minari.MinariDataset(HOPPER), 0.05, 0, device="cuda")
     batch = trajectories.batch(8, 20)
     history = [*(batch[name] for name in HISTORY), (batch["weight"] > 0).sum(dim=1)]
     torch.testing.assert_close(
