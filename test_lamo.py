@@ -1397,7 +1397,7 @@ def test_episodes_may_lack_the_last_observation(tmp_path, missing):
         observations = file["episode_3/observations"][:-1]
         del file["episode_3/observations"]
         file["episode_3/observations"] = np.concatenate([observations] * 3)
-    with pytest.raises(InputError, match="episode 3 has 33 states, 11 actions and 11 rewards"):
+    with pytest.raises(InputError, match="episode 3 has 3[03] states, 11 actions and 11 rewards"):
         lamo.read_trajectories(minari.MinariDataset(folder / "data"), 1.0, 0)
 
 
