@@ -926,7 +926,7 @@ def hub_is_reachable():
 def find_file(dataset, filename):
     """Return the path of a file of a dataset on the Hugging Face hub; download it if need be."""
     advice = f"cannot find {filename} of {dataset} in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network, or add --demo"):
+    with on_error(f"{advice}; check the name and the network; --demo needs none"):
         offline = not hub_is_reachable()
         path = hf_hub_download(dataset, filename, repo_type="dataset", local_files_only=offline)
         return Path(path)
@@ -953,7 +953,7 @@ def load_gpt2(name):
     Raises InputError if it cannot be loaded, or if it is not what the class GPT2 computes.
     """
     advice = f"cannot find a GPT-2 at {name}, in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network, or add --demo"):
+    with on_error(f"{advice}; check the name and the network; --demo needs none"):
         config = from_transformers("AutoConfig", name)
     if config.model_type != "gpt2":
         raise InputError(f"--lm {name} has model_type {config.model_type}; it must be gpt2")
