@@ -1379,9 +1379,17 @@ def run(config, title, out, checkpoint=None):
 
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
-    if rank_and_world()[0] > 0:
-        return
+    if rank_and_world()[0] == 0:
+        with StopSignals(out) as signals, signals.at_once():
+            report(config, header, model, text, scores, out)
+        print(f"{time.time() - started:.0f} s, all in {out}")
 
+
+def report(config, header, model, text, scores, out):
+    """Write scores.json and print the scores of a run that has ended.
+
+    Raises InputError if it was evaluated and every episode failed.
+    """
     text_loss = text and text.held_out_loss(model.eval().trunk)
     target, best = best_target(scores)
     summary = {
@@ -1394,16 +1402,15 @@ def run(config, title, out, checkpoint=None):
         "text_loss_after": text_loss,
     }
     (out / "scores.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    print(f"\n{title}")
+    print(f"\n{header['title']}")
     if scores:
         print(format_scores(scores, header["reference"]))
     if text:
         print("language loss on held-out text, in nats per token: ", end="")
         print(f"{header['text_loss']:.3f} before, {text_loss:.3f} after")
-    again = f"; evaluate again: python eval.py {shlex.quote(str(out))}" if scores else ""
-    print(f"{time.time() - started:.0f} s, all in {out}{again}")
     if scores and not best:
         raise InputError("every episode of the evaluation failed, see above; the weights are saved")
+    print(f"evaluate it again: python eval.py {shlex.quote(str(out))}")
 
 
 # -------------------------------------------------------------------------------- command line
