@@ -632,14 +632,6 @@ def learning_rate(step, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model, config):
-    """Return AdamW over the parameters that train."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trained, config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=trained[0].is_cuda
-    )
-
-
 def train(model, trajectories, text, environments, config, header, out, checkpoint=None):
     """Train a LaMo and evaluate it; return the scores of the last evaluation.
 
@@ -704,6 +696,14 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             if text:
                 losses["language_loss"] = language_loss
             recorder.add(losses)
+
+
+def make_optimizer(model, config):
+    """Return AdamW over the parameters that train."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        trained, config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=trained[0].is_cuda
+    )
 
 
 def draw(trajectories, text, config, step):
