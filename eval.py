@@ -86,6 +86,13 @@ def vector(observation):
     return observation["observation"] if is_dict else observation
 
 
+def check_vectors(name, *spaces):
+    """Raise ValueError if the spaces that `name` has are not of vectors."""
+    for space in spaces:
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"{name} has {space}; LaMo needs vectors of real numbers (Box)")
+
+
 class Environments:
     """Copies of an environment, made when they are first needed, and stepped by a thread per core.
 
@@ -105,9 +112,7 @@ class Environments:
         self.envs = [self.make()]
         self.observation_space = vector(self.envs[0].observation_space)
         self.action_space = self.envs[0].action_space
-        for space in (self.observation_space, self.action_space):
-            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                raise ValueError(f"{spec.id} has {space}; LaMo needs vectors of real numbers (Box)")
+        check_vectors(spec.id, self.observation_space, self.action_space)
 
     def make(self):
         keywords = {}  # not every environment takes a render_mode

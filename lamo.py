@@ -61,6 +61,7 @@ import demo
 from eval import (
     Environments,
     best_target,
+    check_vectors,
     evaluate,
     format_scores,
     spec_from_json,
@@ -1254,6 +1255,7 @@ def prepare(config, title):
             spec.max_episode_steps = episode_limit(config, spec, trajectories)
             environments = Environments(spec)
             spaces = environments.observation_space, environments.action_space
+        check_vectors("the dataset", *spaces)
         check_shapes(trajectories, spaces)
     returns, longest = trajectories.returns, int(trajectories.lengths.max())
     count = f"{len(returns)} of {dataset.total_episodes} trajectories"

@@ -1516,6 +1516,12 @@ def test_a_dataset_without_environment_trains_without_evaluating(tmp_path):
         evaluation.main([str(tmp_path / "run")])
 
 
+def test_what_is_no_vector_is_refused_without_an_environment_too(tmp_path):
+    folder = save_dataset("test/discrete-v0", "CartPole-v1", play(gym.make("CartPole-v1")))
+    with pytest.raises(InputError, match="the dataset has Discrete.*; LaMo needs vectors"):
+        start(folder, tmp_path / "run", "--env", "none")
+
+
 WRAPPERS = {
     "NormalizeObservation": lambda env: gym.wrappers.NormalizeObservation(env),
     "NormalizeReward": lambda env: gym.wrappers.NormalizeReward(env),
