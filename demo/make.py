@@ -6,8 +6,9 @@
 
 Locomotion policies are trained by PPO (Schulman et al. 2017, arXiv 1707.06347). The best of its snapshots collects
 half of the steps and all of them share the other half, with some of their exploration noise, so that returns vary as
-they do in D4RL's medium-expert sets. The arm of reacher2d is driven by a controller whose skill differs from episode
-to episode, the one in the kitchen by a script that does the subtasks of D4RL's sets one after the other.
+they do in D4RL's medium-expert sets. reacher2d, pointmaze, cartpole and catch have a controller
+each, whose skill differs from episode to episode; the arm in the kitchen is driven by a script that
+does the subtasks of D4RL's sets one after the other.
 The language model is pre-trained on the documentation and docstrings of the Python installation that runs this.
 
 The language model's work in progress is kept in demo/build, and a later call goes on from there. The locomotion data and
@@ -35,8 +36,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from demo.catch import PADDLE, SIZE  # noqa: E402
 from demo.kitchen import Cook  # noqa: E402
-from eval import vector  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,20 @@ class Task:
 
     env_id: str
     dataset_steps: int  # environment steps in the dataset
-    reference: tuple[
-        float, float
-    ]  # returns that score 0 and 100: D4RL's; reacher2d: none and all steps
+    reference: tuple[float, float]  # returns that score 0 and 100: D4RL's, else the least and most
     ppo_steps: int = 0  # environment steps that PPO may use; 0: the scripted controller
     noise: float = 1.0  # exploration noise of an episode, at most, in units of PPO's
     subtasks: tuple[str, ...] = ()  # of the kitchen, as in D4RL's set of this name
     attempts: tuple[int, int] = (4, 4)  # how many of them an episode attempts, at least and at most
+    requires: str = "gymnasium[mujoco]"  # the package that has the environment
 
 
-kitchen = partial(Task, "gymnasium_robotics:FrankaKitchen-v1", reference=(0.0, 4.0))
+kitchen = partial(
+    Task,
+    "gymnasium_robotics:FrankaKitchen-v1",
+    reference=(0.0, 4.0),
+    requires="gymnasium-robotics",
+)
 TASKS = {
     "hopper": Task("Hopper-v5", 100_000, (-20.272305, 3234.3), ppo_steps=1_000_000),
     "halfcheetah": Task(
@@ -71,6 +76,11 @@ TASKS = {
     "kitchen-mixed": kitchen(
         10_000, subtasks=("microwave", "kettle", "bottom burner", "light switch"), attempts=(2, 3)
     ),
+    "pointmaze": Task(
+        "gymnasium_robotics:PointMaze_UMaze-v3", 40_000, (0.0, 300.0), requires="gymnasium-robotics"
+    ),
+    "cartpole": Task("CartPole-v1", 25_000, (0.0, 500.0), requires="gymnasium"),
+    "catch": Task("demo.catch:lamo/Catch-v0", 20_000, (0.0, 10.0), requires="gymnasium"),
 }
 
 # -------------------------------------------------------------------------------- policies
@@ -142,7 +152,7 @@ def train_ppo(name, task, steps, seed, rng):
 class Reacher:
     """Drives the arm of reacher2d by Jacobian-transpose control, with a strength that varies between episodes."""
 
-    def __init__(self, rng):
+    def __init__(self, env, rng):
         self.rng = rng
 
     def reset(self):
@@ -160,33 +170,168 @@ class Reacher:
         return torque + self.noise * self.rng.standard_normal(2)
 
 
-def collect(env, policies, shares, steps, seed):
-    """Episodes until there are `steps` steps -> Minari EpisodeBuffers, float32.
+class Runner:
+    """Runs to the goal of a maze, along the cells of a shortest path, by PD control.
+
+    The less its skill, drawn for each episode, the smaller its gain, the larger its noise, and the
+    more often it heads for a wrong cell. Even the best is noisy: how it comes back to its path is
+    what a policy learns from it.
+    """
+
+    DAMPING = 0.8  # of the greatest force, per metre per second
+
+    def __init__(self, env, rng):
+        self.maze, self.rng = env.unwrapped.maze, rng
+        self.cells = [tuple(cell) for cell in np.argwhere(np.array(self.maze.maze_map) != 1)]
+
+    def reset(self):
+        self.skill = self.rng.uniform() ** 0.5  # more often high than low
+        self.wrong = None  # the cell that it heads for by mistake
+
+    def act(self, observation):
+        position, velocity = np.split(observation["observation"], 2)
+        here, goal = self.cell_of(position), observation["desired_goal"]
+        if self.wrong == here:
+            self.wrong = None
+        elif self.wrong is None and self.rng.random() < 0.012 * (1 - self.skill):
+            self.wrong = self.cells[self.rng.integers(len(self.cells))]
+        end = self.wrong or self.cell_of(goal)
+        aim = goal if here == end else self.maze.cell_rowcol_to_xy(self.next_cell(here, end))
+        gain = 0.3 * 30**self.skill  # of the greatest force, per metre
+        force = np.clip(gain * (aim - position) - self.DAMPING * velocity, -1, 1)
+        return force + (1 - 0.7 * self.skill) * self.rng.standard_normal(2)
+
+    def cell_of(self, position):
+        return tuple(self.maze.cell_xy_to_rowcol(position))
+
+    def next_cell(self, start, end):
+        """Return the cell after `start` on a shortest path to `end`, by a search from the end."""
+        towards_end = {end: end}
+        for row, column in (queue := [end]):
+            for down, right in (0, 1), (0, -1), (1, 0), (-1, 0):
+                cell = row + down, column + right
+                if cell in self.cells and cell not in towards_end:
+                    towards_end[cell] = (row, column)
+                    queue.append(cell)
+        return towards_end[start]
+
+
+class Balancer:
+    """Balances the pole of CartPole by linear control.
+
+    The less its skill, drawn for each episode, the further it leans the pole to one side, the less
+    it minds the cart, and the more often it does the opposite of what it should.
+    """
+
+    def __init__(self, env, rng):
+        self.rng = rng
+
+    def reset(self):
+        self.skill = self.rng.uniform()
+        self.lean = self.rng.choice([-1, 1]) * 0.2 * (1 - self.skill)  # radians
+
+    def act(self, observation):
+        position, velocity, angle, turning = observation
+        cart = self.skill * (0.1 * position + 0.3 * velocity)
+        to_the_right = cart + 3 * (angle - self.lean) + turning > 0
+        is_wrong = self.rng.random() < 0.3 * (1 - self.skill)
+        return int(to_the_right != is_wrong)
+
+
+class Catcher:
+    """Plays Catch, with a skill that is drawn for each episode: the share of bounces it foresees.
+
+    Where it does not, it goes to the wall. The less its skill, the more of its moves are random.
+    It reads where the ball is from the game, not from the picture.
+    """
+
+    def __init__(self, env, rng):
+        self.game, self.rng = env.unwrapped, rng
+
+    def reset(self):
+        self.skill = self.rng.uniform()
+
+    def act(self, observation):
+        game, last = self.game, SIZE - 1
+        if game.row == 1:  # a new ball
+            self.landing = game.column + game.speed * (last - 1)
+            if self.rng.random() < self.skill:
+                self.landing = last - abs(last - self.landing % (2 * last))
+        if self.rng.random() < 0.2 * (1 - self.skill):
+            return int(self.rng.integers(3))
+        left, right = self.landing < game.paddle, self.landing >= game.paddle + PADDLE
+        return 1 - left + right
+
+
+SCRIPTED = {  # policies of varying skill, and what they are in words
+    "reacher2d": (Reacher, "Jacobian-transpose control of varying strength"),
+    "pointmaze": (Runner, "PD control along shortest paths, of varying skill"),
+    "cartpole": (Balancer, "linear control of varying skill"),
+    "catch": (Catcher, "anticipation of varying skill"),
+}
+
+# -------------------------------------------------------------------------------- datasets
+
+
+def kept(task, value):
+    """Return what a dataset has of an observation or a space: all, but of the kitchen no goals."""
+    return value["observation"] if task.subtasks else value
+
+
+def stored(space):
+    """Return a space of observations as datasets have it: float32 instead of float64."""
+    if isinstance(space, gym.spaces.Dict):
+        return gym.spaces.Dict({name: stored(part) for name, part in space.items()})
+    if space.dtype == np.float64:
+        return gym.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32))
+    return space
+
+
+def stack(observations, space):
+    """Return a list of observations as an array of the space's type, or a dict of arrays."""
+    if isinstance(space, gym.spaces.Dict):
+        return {
+            name: stack([observation[name] for observation in observations], part)
+            for name, part in space.items()
+        }
+    return np.array(observations, space.dtype)
+
+
+def collect(env, task, policies, shares, steps, seed):
+    """Episodes until there are `steps` steps -> Minari EpisodeBuffers, float32 where real numbers.
 
     The next one is always by the policy that is furthest behind its share of the steps.
     """
     from minari.data_collector import EpisodeBuffer
 
+    space = stored(kept(task, env.observation_space))
     episodes, taken = [], np.zeros(len(policies))
     while taken.sum() < steps:
         turn = np.argmin(taken / shares)
         policy = policies[turn]
         observation, _ = env.reset(seed=seed + len(episodes))
         policy.reset()
-        episode = {"observations": [vector(observation)], "actions": [], "rewards": []}
+        episode = {"observations": [kept(task, observation)], "actions": [], "rewards": []}
         terminated = truncated = False
         while not (terminated or truncated):
             action = policy.act(observation)
             if action is None:  # nothing is left to do
                 truncated = True
                 break
-            action = np.clip(action, env.action_space.low, env.action_space.high).astype(np.float32)
+            if isinstance(env.action_space, gym.spaces.Box):
+                action = np.clip(action, env.action_space.low, env.action_space.high)
+                action = action.astype(np.float32)
             observation, reward, terminated, truncated, _ = env.step(action)
-            for part, value in zip(episode.values(), (vector(observation), action, reward)):
+            for part, value in zip(episode.values(), (kept(task, observation), action, reward)):
                 part.append(value)
         ends = np.arange(1, len(episode["rewards"]) + 1) == len(episode["rewards"])
-        episode = {name: np.array(part, np.float32) for name, part in episode.items()}
-        episode |= {"terminations": ends & terminated, "truncations": ends & truncated}
+        episode = {
+            "observations": stack(episode["observations"], space),
+            "actions": np.array(episode["actions"]),
+            "rewards": np.array(episode["rewards"], np.float32),
+            "terminations": ends & terminated,
+            "truncations": ends & truncated,
+        }
         episodes.append(EpisodeBuffer(id=len(episodes), seed=seed + len(episodes), **episode))
         taken[turn] += len(ends)
     return episodes
@@ -205,7 +350,9 @@ def make_dataset(name, folder, steps, seed):
                 task.ppo_steps, 20 * steps
             )  # a small dataset comes from a short training
             policies = train_ppo(name, task, ppo_steps, seed, rng)
-            tries = [collect(env, [policy], np.ones(1), steps // 10, seed) for policy in policies]
+            tries = [
+                collect(env, task, [policy], np.ones(1), steps // 10, seed) for policy in policies
+            ]
             best = np.argmax(
                 [np.mean([episode.rewards.sum() for episode in tried]) for tried in tries]
             )
@@ -216,13 +363,10 @@ def make_dataset(name, folder, steps, seed):
             policies, shares = [Cook(env, task.subtasks, task.attempts, rng)], np.ones(1)
             algorithm = "resolved-rate control along way points"
         else:
-            policies, shares, algorithm = (
-                [Reacher(rng)],
-                np.ones(1),
-                "Jacobian-transpose control of varying strength",
-            )
-        episodes = collect(env, policies, shares, steps, seed)
-        write_dataset(name, folder, env, episodes, task.reference, algorithm)
+            policy, algorithm = SCRIPTED[name]
+            policies, shares = [policy(env, rng)], np.ones(1)
+        episodes = collect(env, task, policies, shares, steps, seed)
+        write_dataset(name, folder, env, episodes, algorithm)
     returns = np.array([episode.rewards.sum() for episode in episodes])
     print(
         f"{name}: {len(episodes)} episodes, {sum(map(len, episodes))} steps, returns {returns.min():.1f} to "
@@ -231,29 +375,27 @@ def make_dataset(name, folder, steps, seed):
     )
 
 
-def write_dataset(name, folder, env, episodes, reference, algorithm):
+def write_dataset(name, folder, env, episodes, algorithm):
     """Write a Minari dataset, then its HDF5 file once more with compression, which Minari has no option for."""
     import h5py
     import minari
 
-    dataset_id = f"lamo/{name}/demo-v0"
+    task, dataset_id = TASKS[name], f"lamo/{name}/demo-v0"
     shutil.rmtree(folder / dataset_id, ignore_errors=True)
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
     minari.create_dataset_from_buffers(
         dataset_id,
         episodes,
         env=env,
-        observation_space=gym.spaces.Box(
-            -np.inf, np.inf, episodes[0].observations[0].shape, np.float32
-        ),
+        observation_space=stored(kept(task, env.observation_space)),
         algorithm_name=algorithm,
         author="LaMo contributors",
         author_email="none",
         code_permalink=f"demo/make.py --only {name}",
-        ref_min_score=reference[0],
-        ref_max_score=reference[1],
+        ref_min_score=task.reference[0],
+        ref_max_score=task.reference[1],
         description=f"Rollouts of mixed quality in {env.spec.id}, for the demo of LaMo. Not a D4RL dataset.",
-        requirements=["gymnasium-robotics" if name.startswith("kitchen") else "gymnasium[mujoco]"],
+        requirements=[task.requires],
     )
     path = folder / dataset_id / "data" / "main_data.hdf5"
     packed = path.with_suffix(".packed")
@@ -403,8 +545,8 @@ def draw_returns(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 2.4), layout="constrained")
-    for name, ax in zip(TASKS, axes):
+    figure, axes = plt.subplots(2, 5, figsize=(11, 4.8), layout="constrained")
+    for name, ax in zip(TASKS, axes.flat):
         dataset = minari.MinariDataset(folder / "lamo" / name / "demo-v0" / "data")
         returns = np.array([episode.rewards.sum() for episode in dataset])
         ax.hist(returns, bins=25, color="#4063d8")
@@ -414,7 +556,8 @@ def draw_returns(folder):
         ax.locator_params(nbins=4)
         ax.set_xlabel("return", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("episodes", fontsize=8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("episodes", fontsize=8)
     figure.savefig(folder / "returns.png", dpi=120)
 
 
