@@ -22,7 +22,10 @@ import numpy as np
 import torch
 from farama_notifications import notifications
 from gymnasium.envs.registration import WrapperSpec
+from gymnasium.spaces import Box, Dict, Discrete
 from tqdm import tqdm
+
+import atari
 
 notifications.pop("gymnasium_robotics", None)  # silences a notice about other environments
 NUM_ENVS = 20  # at a time; one of the kitchen takes 90 MB
@@ -56,8 +59,9 @@ def spec_to_json(spec):
 def spec_from_json(text):
     """Return the EnvSpec that a file describes. No code of the file's choosing runs.
 
-    The environment must be in Gymnasium's registry, after importing gymnasium_robotics and demo/,
-    and its wrappers must be Gymnasium's own. Raises ValueError if not, or if there is no text.
+    The environment must be in Gymnasium's registry, after importing gymnasium_robotics, demo/ and
+    Atari's games, and its wrappers must be Gymnasium's own. Raises ValueError if not, or if there
+    is no text.
     """
     if not text:
         raise ValueError("no environment is recorded")
@@ -65,7 +69,10 @@ def spec_from_json(text):
     if recorded["id"] not in gym.registry:
         import gymnasium_robotics  # noqa: F401
 
-        import demo.reacher2d  # noqa: F401
+        from demo import catch, reacher2d  # noqa: F401
+
+        if recorded["id"].startswith("ALE/"):
+            atari.import_games()
     registered = gym.registry.get(recorded["id"])
     package = recorded["entry_point"].split(".")[0]
     if registered is None or str(registered.entry_point).split(".")[0] != package:
@@ -80,17 +87,45 @@ def spec_from_json(text):
     return rebuilt(registered, kwargs, recorded.get("max_episode_steps"), tuple(wrappers))
 
 
-def vector(observation):
-    """Return what a policy sees of an observation or a space: the entry `observation` of a dict."""
-    is_dict = isinstance(observation, (dict, gym.spaces.Dict))
-    return observation["observation"] if is_dict else observation
+def seen(observation):
+    """Return what a policy sees of an observation, or of those of an episode.
+
+    Of a dict it sees the arrays, joined in the order of their names; dicts inside it are left out.
+    """
+    if not isinstance(observation, dict):
+        return np.asarray(observation)
+    parts = [part for _, part in sorted(observation.items()) if not isinstance(part, dict)]
+    return np.concatenate(parts, axis=-1)
 
 
-def check_vectors(name, *spaces):
-    """Raise ValueError if the spaces that `name` has are not of vectors."""
-    for space in spaces:
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"{name} has {space}; LaMo needs vectors of real numbers (Box)")
+def policy_spaces(env):
+    """Return the Boxes of what a policy sees and does in an environment, or a Minari dataset.
+
+    It sees vectors, or images of uint8 with three axes. It does vectors, which are one-hot where an
+    action is one of several choices (Discrete). Raises ValueError if the spaces are others.
+    """
+
+    def is_vector(space):
+        return isinstance(space, Box) and len(space.shape) == 1
+
+    observations, actions = env.observation_space, env.action_space
+    if isinstance(observations, Dict):
+        entries = sorted(observations.items())
+        entries = {name: part for name, part in entries if not isinstance(part, Dict)}
+        for name, part in entries.items():
+            if not is_vector(part):
+                raise ValueError(f"the entry {name} of its observations is no vector, but {part}")
+        observations = gym.spaces.flatten_space(gym.spaces.Tuple(entries.values()))
+    is_image = len(observations.shape or ()) == 3 and observations.dtype == np.uint8
+    if not (is_vector(observations) or is_image):
+        kinds = "vectors of numbers (Box), or images (H, W, C) or (C, H, W) of uint8"
+        raise ValueError(f"its observations are {observations}; LaMo sees {kinds}")
+    if isinstance(actions, Discrete):
+        actions = Box(0, 1, (int(actions.n),), np.float32)
+    if not is_vector(actions):
+        kinds = "vectors of real numbers (Box), or one choice (Discrete)"
+        raise ValueError(f"its actions are {actions}; LaMo does {kinds}")
+    return observations, actions
 
 
 class Environments:
@@ -103,16 +138,14 @@ class Environments:
         num_envs: the most copies to run at a time, at most NUM_ENVS.
         render_mode: Gymnasium's, for `rollout` to take pictures.
     Raises:
-        ValueError: observations or actions are not vectors.
+        ValueError: a policy cannot see its observations or do its actions; see `policy_spaces`.
     """
 
     def __init__(self, spec, num_envs=NUM_ENVS, render_mode=None):
         self.spec, self.num_envs, self.render_mode = spec, min(num_envs, NUM_ENVS), render_mode
         self.threads = ThreadPoolExecutor(os.cpu_count())
         self.envs = [self.make()]
-        self.observation_space = vector(self.envs[0].observation_space)
-        self.action_space = self.envs[0].action_space
-        check_vectors(spec.id, self.observation_space, self.action_space)
+        self.observation_space, self.action_space = policy_spaces(self.envs[0])
 
     def make(self):
         keywords = {}  # not every environment takes a render_mode
@@ -122,7 +155,7 @@ class Environments:
                 keywords["camera_name"] = (
                     "track"  # Gymnasium 1.4 would let a robot leave the picture
                 )
-        return gym.make(self.spec, disable_env_checker=True, **keywords)
+        return atari.preprocess_env(gym.make(self.spec, disable_env_checker=True, **keywords))
 
     def ready(self, count):
         """Make copies until there are `count`, but no more than `num_envs`; return how many."""
@@ -143,37 +176,46 @@ class Environments:
     def step(self, rows, actions):
         """Take a step in some rows.
 
-        Returns for each row (observation (S,), reward, whether the episode has ended), or
-        (None, NaN, True) where the simulator fails.
+        Returns for each row (observation, reward, whether the episode has ended, whether it is a
+        success). Success is NaN where the environment does not say. Where the simulator fails, all
+        is (None, NaN, True, NaN).
         """
 
         def step(env, action):
+            if isinstance(env.action_space, Discrete):
+                action = int(env.action_space.start + action.argmax())
             return env.step(action)
 
         return list(self.threads.map(partial(self._attempt, step), rows, actions))
 
     def _attempt(self, function, row, argument):
         try:
-            observation, reward, terminated, truncated, _ = function(self.envs[row], argument)
-            observation, reward = vector(observation), float(np.squeeze(reward))
+            observation, reward, terminated, truncated, info = function(self.envs[row], argument)
+            observation, reward = seen(observation), float(np.squeeze(reward))
+            if observation.shape != self.observation_space.shape:
+                raise ValueError(f"an observation has the shape {observation.shape}")
             if not (np.isfinite(observation).all() and np.isfinite(reward)):
                 raise ArithmeticError("an observation or a reward is not finite")
-            return observation, reward, terminated or truncated
+            success = info.get("success", info.get("is_success", np.nan))
+            return observation, reward, terminated or truncated, float(np.squeeze(success))
         except Exception as error:  # environments raise anything
             tqdm.write(f"an episode of {self.spec.id} failed: {error!r}")
             self.envs[row] = self.make()
-            return None, np.nan, True
+            return None, np.nan, True, np.nan
 
 
 class Histories:
     """The last K steps of several episodes, one row for each, starting at the left of the row.
 
     Numbers are float64, as simulators have them; the policy centres them before it rounds them.
+    Images stay uint8.
     """
 
     def __init__(self, rows, context, observation_space, action_space):
         self.returns_to_go = np.zeros((rows, context))
-        self.states = np.zeros((rows, context, *observation_space.shape))
+        images = len(observation_space.shape) == 3
+        shape = rows, context, *observation_space.shape
+        self.states = np.zeros(shape, np.uint8 if images else np.float64)
         self.actions = np.zeros((rows, context, *action_space.shape))
         self.timesteps = np.zeros((rows, context), np.int64)
         self.lengths = np.zeros(rows, np.int64)  # real steps in each row
@@ -223,19 +265,21 @@ def rollout(
 
     Args:
         policy: a torch module in evaluation mode, on the device to use. It has `context` (K, the
-            steps that it sees), `max_timesteps`, and `act(returns_to_go (B, K), states (B, K, S),
-            actions (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act.
+            steps that it sees), and `act(returns_to_go (B, K), states (B, K, S), actions
+            (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act.
         environments: an Environments.
         targets: returns to condition the policy on.
         seed: episode i of each target starts from the environment's seed `seed + i`.
         delayed: rewards count at the end of an episode, so that the return-to-go stays the target.
         frames: a list that gets a picture (H, W, 3) every `frame_every` steps of a single episode.
     Returns:
-        returns, lengths: arrays (targets, episodes). A return is NaN if the simulator failed.
+        returns, lengths, successes: arrays (targets, episodes). A return is NaN if the simulator
+            failed. A success is 1 if a step reported one, and NaN if the environment never says.
     """
     spaces = environments.observation_space, environments.action_space
     target_of = np.repeat(targets, episodes).astype(float)
     returns, lengths = np.zeros(len(target_of)), np.zeros(len(target_of), int)
+    successes = np.full(len(target_of), np.nan)
     waiting = list(range(len(target_of)))
 
     # Each row is an environment, with the number of the episode that it runs, or -1.
@@ -257,7 +301,7 @@ def rollout(
         for row in free:
             episode[row] = waiting.pop(0)
         seeds = [int(seed + number % episodes) for number in episode[free]]
-        for row, (state, reward, ended) in zip(free, environments.reset(free, seeds)):
+        for row, (state, reward, ended, _) in zip(free, environments.reset(free, seeds)):
             if ended:  # the simulator failed
                 returns[episode[row]] = reward
                 end(row)
@@ -274,11 +318,12 @@ def rollout(
         steps = environments.step(running, actions)
         if frames is not None and lengths[0] % frame_every == 0:
             frames.append(environments.envs[0].render())
-        for row, (state, reward, ended) in zip(running, steps):
+        for row, (state, reward, ended, success) in zip(running, steps):
             number = episode[row]
             returns[number] += reward
             lengths[number] += 1
-            if ended or lengths[number] == policy.max_timesteps:
+            successes[number] = np.fmax(successes[number], success)
+            if ended:
                 end(row)
                 continue
             # The return-to-go is the target minus the rewards so far.
@@ -288,7 +333,7 @@ def rollout(
             histories.add(row, return_to_go, state)
 
     progress.close()
-    return returns.reshape(len(targets), episodes), lengths.reshape(len(targets), episodes)
+    return tuple(part.reshape(len(targets), episodes) for part in (returns, lengths, successes))
 
 
 def evaluate(policy, environments, targets, episodes, seed, reference, delayed=False):
@@ -299,18 +344,20 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
     Returns:
         a dict {target: row}, where a row is a dict of return_mean, return_std (of the population),
         return_interval (95 % confidence in the mean, from 10,000 bootstrap samples), score,
-        length_mean (in steps), and failed, the number of episodes in which the simulator failed.
-        Those count in length_mean only. Where all have failed, the other numbers are None.
+        success (the share of episodes, if the environment reports it), length_mean (in steps), and
+        failed, the number of episodes in which the simulator failed. Those count in length_mean
+        only. Where all have failed, the other numbers are None.
     """
     was_training = policy.training
     policy.eval()
-    returns, lengths = rollout(policy, environments, targets, episodes, seed, delayed)
+    results = rollout(policy, environments, targets, episodes, seed, delayed)
     policy.train(was_training)
 
     low, high = reference
     scores = {}
-    for target, target_returns, target_lengths in zip(targets, returns, lengths):
-        good = target_returns[np.isfinite(target_returns)]
+    for target, target_returns, lengths, successes in zip(targets, *results):
+        worked = np.isfinite(target_returns)
+        good = target_returns[worked]
         row = dict.fromkeys(("return_mean", "return_std", "return_interval", "score"))
         if len(good) > 0:
             resamples = np.random.default_rng(0).choice(good, (10_000, len(good)))
@@ -318,7 +365,9 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
             row["return_std"] = float(good.std())
             row["return_interval"] = np.percentile(resamples.mean(axis=1), (2.5, 97.5)).tolist()
             row["score"] = float(100 * (good.mean() - low) / (high - low))
-        row["length_mean"] = float(target_lengths.mean())
+            if np.isfinite(successes[worked]).any():
+                row["success"] = float(np.nanmean(successes[worked]))
+        row["length_mean"] = float(lengths.mean())
         row["failed"] = episodes - len(good)
         scores[f"{target:.9g}"] = row
     return scores
@@ -334,6 +383,9 @@ def format_scores(scores, reference):
     """Return the table of an evaluation as text: a line for each target, the best one marked."""
     best, _ = best_target(scores)
     lines = [f"{'target':>8} {'return':>18} {'95 % interval':>19} {'score':>7} {'length':>7}"]
+    reports_success = any("success" in row for row in scores.values())
+    if reports_success:
+        lines[0] += f" {'success':>8}"
     for target, row in scores.items():
         mean_and_std, interval, score = "", "", ""
         if row["return_mean"] is not None:
@@ -341,6 +393,8 @@ def format_scores(scores, reference):
             interval = "{:.1f} to {:.1f}".format(*row["return_interval"])
             score = f"{row['score']:.1f}"
         line = f"{target:>8} {mean_and_std:>18} {interval:>19} {score:>7} {row['length_mean']:7.1f}"
+        if reports_success:
+            line += f" {100 * row['success']:7.0f}%" if "success" in row else " " * 9
         if row["failed"] > 0:
             line += f"  {row['failed']} failed"
         if target == best:
@@ -359,7 +413,7 @@ def record(policy, spec, target, seed, path, delayed=False):
     fps = environments.envs[0].metadata.get("render_fps", 25)
     every = max(1, round(fps / 25))
     frames = []
-    returns, lengths = rollout(policy, environments, [target], 1, seed, delayed, frames, every)
+    returns, lengths, _ = rollout(policy, environments, [target], 1, seed, delayed, frames, every)
     imageio.mimsave(path, frames, fps=fps / every)
     return float(returns[0, 0]), int(lengths[0, 0])
 
@@ -399,6 +453,7 @@ def main(arguments):
     with lamo.on_error("cannot make the environment; name one with --env ID or --env module:ID"):
         if options.env:
             spec = spec_of(options.env)
+            spec.max_episode_steps = spec.max_episode_steps or policy.max_timesteps
         else:
             spec = spec_from_json(header["env_spec"])
         environments = Environments(spec)

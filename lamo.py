@@ -19,7 +19,8 @@ Without a GPU, the first command runs a small demo and says so.
 
 Shapes: B windows in a batch, K steps in a window, D the width of the model, S the size of a state,
 A the size of an action, T tokens. Returns, states and actions are in the environment's units,
-except where a comment says otherwise.
+except where a comment says otherwise. A state may also be an image, and an action one of A choices,
+which is then a one-hot vector.
 """
 
 import argparse
@@ -57,17 +58,18 @@ from pyarrow import parquet
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import atari
 import demo
 from eval import (
     Environments,
     best_target,
-    check_vectors,
     evaluate,
     format_scores,
+    policy_spaces,
+    seen,
     spec_from_json,
     spec_of,
     spec_to_json,
-    vector,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -80,14 +82,15 @@ class InputError(ValueError):
 # -------------------------------------------------------------------------------- tasks and methods
 @dataclass(frozen=True)
 class Task:
-    """A task of the paper, with the authors' targets, scale and context."""
+    """A task, with its targets, scale and context: the authors', where it is one of the paper's."""
 
     env_id: str  # Gymnasium's id of the environment
     data: str  # Minari's id of the dataset, or a folder
-    targets: list[float]  # returns to condition on in an evaluation
-    return_scale: float  # returns are divided by it
+    targets: list[float] | None  # returns to condition on in an evaluation
+    return_scale: float | None  # returns are divided by it
     context: int  # K
     reference: tuple[float, float]  # returns that score 0 and 100: D4RL's (Fu et al. 2020)
+    settings: dict = field(default_factory=dict)  # what the task changes in the defaults of Config
 
 
 KITCHEN = "gymnasium_robotics:FrankaKitchen-v1"
@@ -96,33 +99,21 @@ KITCHEN = "gymnasium_robotics:FrankaKitchen-v1"
 TASKS = {
     "hopper": Task(
         "Hopper-v5", "mujoco/hopper/medium-v0",
-        [3600, 2600, 2200, 1800], return_scale=1000, context=20, reference=(-20.272305, 3234.3),
+        [3600, 2600, 2200, 1800], 1000, 20, (-20.272305, 3234.3),
     ),
     "halfcheetah": Task(
         "HalfCheetah-v5", "mujoco/halfcheetah/medium-v0",
-        [12000, 8000, 6000, 4500], return_scale=1000, context=20, reference=(-280.178953, 12135.0),
+        [12000, 8000, 6000, 4500], 1000, 20, (-280.178953, 12135.0),
     ),
     "walker2d": Task(
         "Walker2d-v5", "mujoco/walker2d/medium-v0",
-        [5000, 4000, 3000, 2500], return_scale=1000, context=20, reference=(1.629008, 4592.3),
+        [5000, 4000, 3000, 2500], 1000, 20, (1.629008, 4592.3),
     ),
-    "kitchen-complete": Task(
-        KITCHEN, "D4RL/kitchen/complete-v2",
-        [5, 4, 3, 2, 1], return_scale=1, context=20, reference=(0, 4),
-    ),
-    "kitchen-partial": Task(
-        KITCHEN, "D4RL/kitchen/partial-v2",
-        [5, 4, 3, 2, 1], return_scale=1, context=20, reference=(0, 4),
-    ),
-    "kitchen-mixed": Task(
-        KITCHEN, "D4RL/kitchen/mixed-v2",
-        [5, 4, 3, 2, 1], return_scale=1, context=20, reference=(0, 4),
-    ),
-    "reacher2d": Task(  # the authors' arm; the data is ours, because Minari has none
-        "demo.reacher2d:lamo/Reacher2d-v0", "demo/lamo/reacher2d/demo-v0",
-        [76, 40], return_scale=10, context=5, reference=(0, 100),
-    ),
+    "kitchen-complete": Task(KITCHEN, "D4RL/kitchen/complete-v2", [5, 4, 3, 2, 1], 1, 20, (0, 4)),
+    "kitchen-partial": Task(KITCHEN, "D4RL/kitchen/partial-v2", [5, 4, 3, 2, 1], 1, 20, (0, 4)),
+    "kitchen-mixed": Task(KITCHEN, "D4RL/kitchen/mixed-v2", [5, 4, 3, 2, 1], 1, 20, (0, 4)),
 }
+TASKS |= {name: Task(**row) for name, row in (demo.TASKS | atari.TASKS).items()}
 
 METHODS = {  # what each method changes in the defaults of Config
     "lamo": {},
@@ -184,7 +175,8 @@ class Config:
     env: str | None = option(
         "hopper",
         f"{', '.join(TASKS)}; or any environment, as a Gymnasium id or module:id; none: do not"
-        " evaluate; default: hopper, or the dataset's",
+        " evaluate; eval: the dataset's own for evaluations; default: hopper, or the one in which"
+        " the dataset was recorded",
     )
     data: str | None = option(None, "Minari dataset, id or folder; default: the task's")
     ratio: float = option(1.0, "share of the trajectories to train on", type=number(float, 1e-9, 1))
@@ -423,6 +415,36 @@ class Embedder(nn.Module):
         return h + self.residual(F.gelu(h))
 
 
+class ImageEncoder(nn.Module):
+    """Convolutions over images. (..., H, W, C) or (..., C, H, W), uint8 -> (..., features)
+
+    The channels are the shorter one of the outer axes. The layers are those of Mnih et al. (2015),
+    as in the authors' Atari code. Images of fewer than 36 pixels a side have the one layer of
+    MinAtar (Young and Tian 2019), which loses no position.
+    """
+
+    def __init__(self, shape):
+        super().__init__()
+        self.channels_last = shape[2] <= shape[0]
+        C, *pixels = shape[::-1] if self.channels_last else shape
+        sizes = [(32, 8, 4), (64, 4, 2), (64, 3, 1)]  # channels, kernel, stride
+        if min(pixels) < 36:
+            sizes = [(16, 3, 1)]
+        layers = []
+        for channels, kernel, stride in sizes:
+            layers += [nn.Conv2d(C, channels, kernel, stride), nn.ReLU()]
+            C = channels
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        self.features = self(torch.zeros(1, *shape, dtype=torch.uint8)).shape[-1]
+
+    def forward(self, images):
+        x = images.flatten(0, -4)  # one axis in front of those of an image
+        if self.channels_last:
+            x = x.movedim(-1, 1)
+        x = x.to(self.layers[0].weight.dtype) / 255
+        return self.layers(x).view(*images.shape[:-3], -1)
+
+
 class LaMo(nn.Module):
     """A return-conditioned policy on the trunk of a language model.
 
@@ -438,24 +460,33 @@ class LaMo(nn.Module):
         return_scale: returns are divided by it.
         state_mean, state_std: statistics of the data, lists of S floats.
         action_low, action_high: bounds of the actions, lists of A floats.
+        discrete: whether an action is one of A choices.
+        image_shape: of states that are images, which have no statistics; else None.
     """
 
     def __init__(
         self, trunk, embed, context, max_timesteps, return_scale, state_mean, state_std, action_low,
-        action_high,
+        action_high, discrete=False, image_shape=None,
     ):  # fmt: skip
         super().__init__()
         self.trunk, self.context, self.max_timesteps = trunk, context, max_timesteps
+        self.discrete, self.image_shape = discrete, image_shape
         D, S, A = trunk.width, len(state_mean), len(action_low)
 
         embedder = Embedder if embed == "mlp" else nn.Linear
         self.embed_return = embedder(1, D)
-        self.embed_state = embedder(S, D)
+        if image_shape:
+            encoder = ImageEncoder(image_shape)
+            self.embed_state = nn.Sequential(encoder, embedder(encoder.features, D))
+        else:
+            self.embed_state = embedder(S, D)
         self.embed_action = embedder(A, D)
         self.embed_timestep = nn.Embedding(max_timesteps, D)
         self.embed_ln = nn.LayerNorm(D)
         if embed == "mlp":
             self.action_head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, A))
+        elif discrete:
+            self.action_head = nn.Linear(D, A)
         else:
             self.action_head = nn.Sequential(nn.Linear(D, A), nn.Tanh())
 
@@ -482,19 +513,23 @@ class LaMo(nn.Module):
         The windows are returns_to_go (B, K), states (B, K, S), actions (B, K, A), timesteps (B, K).
         One of fewer than K steps is padded on the right, where causal attention never looks.
         """
+        if not self.image_shape:  # an image is scaled by its encoder
+            states = self.scale(states, self.state_mean, self.state_std)
         tokens = [
             self.embed_return(self.scale(returns_to_go.unsqueeze(-1), 0, self.return_scale)),
-            self.embed_state(self.scale(states, self.state_mean, self.state_std)),
+            self.embed_state(states),
             self.embed_action(self.scale_actions(actions)),
         ]
         tokens = torch.stack(tokens, dim=2)  # (B, K, 3, D)
+        timesteps = timesteps.clamp(max=self.max_timesteps - 1)  # later ones are not in the data
         tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps).unsqueeze(2)
         return tokens.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
 
     def predict(self, returns_to_go, states, actions, timesteps):
         """Predict the action of each step from what precedes it.
 
-        Returns (B, K, A), so scaled that the bounds of the actions are -1 and 1, but not clamped.
+        Returns (B, K, A), so scaled that the bounds of the actions are -1 and 1, but not clamped;
+        for discrete actions, logits.
         """
         hidden = self.trunk(self.embed_window(returns_to_go, states, actions, timesteps))
         return self.action_head(hidden[:, 1::3])  # the outputs at the states
@@ -510,15 +545,24 @@ class LaMo(nn.Module):
         newest_state = 3 * (lengths - 1) + 1
         rows = torch.arange(len(hidden), device=hidden.device)
         predicted = self.action_head(hidden[rows, newest_state])
+        if self.discrete:
+            return F.one_hot(predicted.argmax(dim=-1), predicted.shape[-1])
         return predicted.clamp(-1, 1) * self.action_radius + self.action_center
 
     def action_loss(self, batch):
-        """Return the mean squared error of scaled actions, over A and the real steps of a batch."""
+        """Return the mean error of the actions over the real steps of a batch.
+
+        It is the mean squared error over A of scaled actions; the cross-entropy of discrete ones.
+        """
         predicted = self.predict(
             batch["returns_to_go"], batch["states"], batch["actions"], batch["timesteps"]
         )
-        error = predicted - self.scale_actions(batch["actions"])
-        return (error.square().mean(dim=-1) * batch["weight"]).sum()  # the weights add up to 1
+        if self.discrete:
+            error = -(predicted.log_softmax(dim=-1) * batch["actions"]).sum(dim=-1)  # (B, K)
+        else:
+            error = predicted - self.scale_actions(batch["actions"])
+            error = error.square().mean(dim=-1)  # (B, K)
+        return (error * batch["weight"]).sum()  # the weights add up to 1
 
     def forward(self, batch, tokens=None):
         """Return the two losses of LaMo: on a batch of Trajectories, and on text (B, T).
@@ -537,26 +581,29 @@ class Trajectories:
 
     Args:
         observations, actions, rewards: an array (T, S), (T, A), (T,) for each trajectory. Numbers
-            stay as precise as they are.
+            stay as precise as they are, images uint8. `observations` is emptied, to save memory.
         terminated: whether each trajectory ended in a final state.
+        stack: how many observations make a state; see `states_at`.
     """
 
-    def __init__(self, observations, actions, rewards, device="cpu", terminated=()):
-        self.terminated = terminated
+    def __init__(self, observations, actions, rewards, device="cpu", terminated=(), stack=1):
+        self.terminated, self.stack = terminated, stack
         self.lengths = np.array([len(reward) for reward in rewards])
         self.returns = np.array([reward.sum() for reward in rewards])
-        states, actions = np.concatenate(observations), np.concatenate(actions)
-        if not all(np.isfinite(part).all() for part in (states, actions, self.returns)):
-            raise InputError("an observation, an action or a reward in the data is not finite")
-
-        self.state_mean = states.mean(axis=0, dtype=np.float64)  # (S,)
-        std = states.std(axis=0, dtype=np.float64)
-        self.state_std = np.where(std > 1e-6, std + 1e-6, 1.0)  # a constant is only centred
+        for part in (*observations, *actions, self.returns):
+            if not np.isfinite(part).all():
+                raise InputError("an observation, an action or a reward in the data is not finite")
+        states, actions = concatenate(observations), np.concatenate(actions)
+        self.state_mean = self.state_std = np.empty(0)  # of images
+        if states.ndim == 2:
+            self.state_mean = states.mean(axis=0, dtype=np.float64)  # (S,)
+            std = states.std(axis=0, dtype=np.float64)
+            self.state_std = np.where(std > 1e-6, std + 1e-6, 1.0)  # a constant is only centred
 
         returns_to_go = [reward[::-1].cumsum()[::-1] for reward in rewards]
         timesteps = [np.arange(length) for length in self.lengths]
         last = self.lengths.cumsum() - 1  # of each trajectory
-        self.states = torch.tensor(states, device=device)  # (N, S)
+        self.states = torch.as_tensor(states, device=device)  # (N, S), or images
         self.actions = torch.tensor(actions, device=device)  # (N, A)
         self.returns_to_go = torch.tensor(np.concatenate(returns_to_go), device=device)  # (N,)
         self.timesteps = torch.tensor(np.concatenate(timesteps), device=device)  # (N,)
@@ -579,11 +626,35 @@ class Trajectories:
         steps = torch.minimum(steps, last)
         return {
             "returns_to_go": self.returns_to_go[steps],
-            "states": self.states[steps],
+            "states": self.states_at(steps),
             "actions": self.actions[steps],
             "timesteps": self.timesteps[steps],
             "weight": real / real.sum(),
         }
+
+    def states_at(self, steps):
+        """Return the states of steps (B, K): the last `stack` observations, on an axis of their own.
+
+        Before the first observation of a trajectory stands that one again. A stack of one has no
+        axis.
+        """
+        if self.stack == 1:
+            return self.states[steps]
+        back = torch.arange(self.stack - 1, -1, -1, device=steps.device)
+        first = steps - self.timesteps[steps]
+        return self.states[torch.maximum(steps.unsqueeze(-1) - back, first.unsqueeze(-1))]
+
+
+def concatenate(arrays):
+    """Return the arrays of a list as one; each is freed as soon as it is copied."""
+    steps = sum(len(array) for array in arrays)
+    whole = np.empty((steps, *arrays[0].shape[1:]), arrays[0].dtype)
+    start = 0
+    while arrays:
+        array = arrays.pop(0)
+        whole[start : start + len(array)] = array
+        start += len(array)
+    return whole
 
 
 class Text:
@@ -1062,11 +1133,18 @@ def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
     shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
     episodes = dataset.iterate_episodes(np.sort(shuffled[:count]))
 
+    shape, stack = policy_spaces(dataset)[0].shape, 1
     observations, actions, rewards, terminated = [], [], [], []
     for episode in tqdm(episodes, "reading", count, leave=False, disable=None):
-        T, states = len(episode.actions), vector(episode.observations)
+        T, states = len(episode.actions), seen(episode.observations)
         if T == 0:
             continue
+        if states.shape[1:] == shape[1:]:  # frames, of which several make a state
+            stack = shape[0]
+        elif states.shape[1:] != shape:
+            raise InputError(
+                f"episode {episode.id} has observations of shape {states.shape[1:]}, not {shape}"
+            )
         # Some datasets lack the last state, which no action follows.
         if len(states) not in (T, T + 1) or len(episode.rewards) != T:
             lengths = f"{len(states)} states, {T} actions and {len(episode.rewards)} rewards"
@@ -1075,14 +1153,31 @@ def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
         if delayed:
             reward = np.append(np.zeros(T - 1), reward.sum())
         observations.append(states[:T])
-        actions.append(episode.actions)
+        actions.append(vectors(episode.actions, dataset.action_space))
         rewards.append(reward)
         terminated.append(bool(episode.terminations[-1]))
     if len(rewards) < count:
         print(f"dropped {count - len(rewards)} of {count} trajectories, which are empty")
     if not rewards:
         raise InputError("no trajectory has any step")
-    return Trajectories(observations, actions, rewards, device, terminated)
+    return Trajectories(observations, actions, rewards, device, terminated, stack)
+
+
+def vectors(actions, space):
+    """Return the actions of an episode (T, A); those of a Discrete space (T,) become one-hot.
+
+    Raises InputError if they are not of the space.
+    """
+    if not isinstance(space, gym.spaces.Discrete):
+        return actions
+    choices = actions - space.start
+    if choices.shape != (len(actions),) or choices.dtype.kind not in "iu":
+        raise InputError(
+            f"actions of {space} must be integers (T,), not {actions.dtype} {actions.shape}"
+        )
+    if choices.min() < 0 or choices.max() >= space.n:
+        raise InputError(f"an action in the data is not in its space, {space}")
+    return np.eye(space.n, dtype=np.float32)[choices]
 
 
 def recorded_rewards(dataset, episode):
@@ -1101,14 +1196,19 @@ def recorded_rewards(dataset, episode):
 
 
 def evaluation_spec(dataset, env):
-    """Return the EnvSpec to evaluate in: what the user names, else the dataset's environment.
+    """Return the EnvSpec to evaluate in: what the user names, else where the data was recorded.
 
-    If that cannot be made, a task brings its own, except for a kitchen, whose subtasks only
+    That is not always where the dataset says to evaluate, `--env eval`: in Minari's antmaze-umaze
+    that is another maze (Minari's issue 304). If it cannot be made, a task brings its own, except for a kitchen, whose subtasks only
     the dataset knows. Raises InputError if there is no environment.
     """
     metadata = dataset.storage.metadata
-    recorded = metadata.get("eval_env_spec") or metadata.get("env_spec")
-    if env is not None and env not in TASKS:
+    recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
+    if env == "eval" or not recorded:
+        recorded = for_evaluation
+    elif for_evaluation not in (None, recorded):
+        print("the dataset has another environment for evaluations; to take it, add --env eval")
+    if env not in (None, "eval", *TASKS):
         recorded = json.loads(recorded or "{}")
         for wrapper in recorded.get("additional_wrappers", ()):
             print(f"evaluating without the dataset's wrapper {wrapper['name']}")
@@ -1134,14 +1234,15 @@ def evaluation_spec(dataset, env):
 
 
 # -------------------------------------------------------------------------------- checkpoints
-VERSION = 3  # of the format
+VERSION = 4  # of the format
 
 
 def checksum(arrays):
     """Return the SHA-256 of arrays or tensors."""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(torch.as_tensor(array).cpu().contiguous().numpy())
+        for part in torch.as_tensor(array).split(100_000):  # so that no large array is copied
+            digest.update(part.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -1244,20 +1345,19 @@ def prepare(config, title):
 
     # The dataset brings its environment.
     with on_error(f"cannot use the dataset --data {config.data}"):
-        dataset = load_dataset(config.data)
+        dataset = atari.preprocess_data(load_dataset(config.data))
         trajectories = read_trajectories(
             dataset, config.ratio, config.seed, config.delayed, config.device
         )
         environments = None
-        spaces = vector(dataset.observation_space), dataset.action_space
+        observation_space, action_space = policy_spaces(dataset)
         if config.env != "none":
             spec = evaluation_spec(dataset, config.env)
             spec.max_episode_steps = episode_limit(config, spec, trajectories)
             environments = Environments(spec)
-            spaces = environments.observation_space, environments.action_space
-        check_vectors("the dataset", *spaces)
-        check_shapes(trajectories, spaces)
-    returns, longest = trajectories.returns, int(trajectories.lengths.max())
+            check_spaces(dataset, environments.envs[0])
+            action_space = environments.action_space
+    returns = trajectories.returns
     count = f"{len(returns)} of {dataset.total_episodes} trajectories"
     print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}")
@@ -1274,7 +1374,7 @@ def prepare(config, title):
         reference = task.reference
 
     # Actions without bounds, as gymnasium.wrappers.ClipAction leaves them, have those of the data.
-    low, high = spaces[1].low, spaces[1].high
+    low, high = action_space.low, action_space.high
     if not np.isfinite([low, high]).all():
         print("the actions have no bounds; those of the data are taken instead")
         actions = trajectories.actions.cpu().numpy()
@@ -1283,12 +1383,14 @@ def prepare(config, title):
 
     # The policy
     arguments = {
-        "max_timesteps": max(longest, spec.max_episode_steps) if environments else longest,
+        "max_timesteps": int(trajectories.lengths.max()),
         "return_scale": float(task.return_scale or power_of_ten),
         "state_mean": trajectories.state_mean.tolist(),
         "state_std": trajectories.state_std.tolist(),
         "action_low": low.tolist(),
         "action_high": high.tolist(),
+        "discrete": isinstance(dataset.action_space, gym.spaces.Discrete),
+        "image_shape": observation_space.shape if len(observation_space.shape) == 3 else None,
     }
     model = LaMo(trunk, config.embed, config.context, **arguments).to(config.device)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -1343,14 +1445,15 @@ def episode_limit(config, spec, trajectories):
     return limit
 
 
-def check_shapes(trajectories, spaces):
-    """Raise InputError if the data does not fit the spaces of observations and actions."""
-    for name, array, space in zip(
-        ("observations", "actions"), (trajectories.states, trajectories.actions), spaces
-    ):
-        shape = tuple(array.shape[1:])
-        if shape != space.shape:
-            raise InputError(f"the data has {name} of shape {shape}, its environment {space.shape}")
+def check_spaces(dataset, env):
+    """Raise InputError if an environment shows or takes something else than the data has."""
+    ours, theirs = ([space.shape for space in policy_spaces(part)] for part in (dataset, env))
+    for name, our, their in zip(("observations", "actions"), ours, theirs):
+        if our != their:
+            raise InputError(f"the data has {name} of shape {our}, its environment {their}")
+    if type(dataset.action_space) is not type(env.action_space):
+        kinds = f"{dataset.action_space}, its environment {env.action_space}"
+        raise InputError(f"the data has the actions {kinds}")
 
 
 def check_text(text, trunk):
@@ -1442,8 +1545,8 @@ def parse(arguments, program="lamo.py"):
 def configure(given):
     """Return the Config of the given options, and the title of the run.
 
-    What is not given is the method's value; else, in a demo, the demo's; else the default. What is
-    then still None is the task's.
+    What is not given is the method's value; else the task's setting; else, in a demo, the demo's;
+    else the default.
     """
     given = with_full_paths(given)
     if "data" in given:
@@ -1451,8 +1554,10 @@ def configure(given):
     elif given.get("env", "hopper") not in TASKS:
         tasks = ", ".join(TASKS)
         raise InputError(f"--env {given['env']} is none of {tasks}; give its dataset, too: --data")
-    method = METHODS[given.get("method", "lamo")]
-    config = with_task(Config(**method | given))
+    task = TASKS.get(given.get("env", "hopper"), OTHER_TASK)
+    defaults = {"data": task.data, "targets": task.targets, "context": task.context}
+    changes = task.settings | METHODS[given.get("method", "lamo")] | given
+    config = Config(**defaults | changes)
     title = f"{config.method} on {config.data}"
 
     # The processes of torchrun might not agree on whether the hub can be reached.
@@ -1461,7 +1566,7 @@ def configure(given):
         reason = demo.reason(given, lambda: fetch(config))
     if reason:
         settings = demo.settings(config.env, config.method)
-        config = with_task(Config(**settings | method | given | {"demo": True}))
+        config = Config(**defaults | settings | changes | {"demo": True})
         title = f"{demo.NOTICE} ({reason})"
     check_options(config)
     return config, title
@@ -1475,17 +1580,6 @@ def with_full_paths(given):
         if given[name] and path.exists() and not (HERE / path).exists():
             given[name] = str(path.resolve())
     return given
-
-
-def with_task(config):
-    """Return a Config in which what is None is the task's."""
-    task = TASKS.get(config.env, OTHER_TASK)
-    return replace(
-        config,
-        data=config.data if config.data is not None else task.data,
-        targets=config.targets or task.targets,
-        context=config.context or task.context,
-    )
 
 
 def check_options(config):

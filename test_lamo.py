@@ -325,14 +325,18 @@ DROPOUT = {"dropout": 0.3, "lora_dropout": 0.2}
 
 
 def tiny_lamo(
-    embed="mlp", lora=True, S=3, bounds=BOUNDS, max_timesteps=100, dropout=0.0, lora_dropout=0.0
-):
+    embed="mlp", lora=True, S=3, bounds=BOUNDS, max_timesteps=100, dropout=0.0, lora_dropout=0.0,
+    discrete=False, image_shape=None,
+):  # fmt: skip
     torch.manual_seed(0)
     gpt2 = GPT2(300, 64, 32, 2, 4, dropout)
     if lora:
         gpt2.add_lora(4, 12.0, lora_dropout)
     states = torch.randn(S).tolist(), (torch.rand(S) + 0.5).tolist()
-    model = LaMo(gpt2, embed, 5, max_timesteps, 10.0, *states, *bounds)
+    if discrete:
+        bounds = [0.0] * 4, [1.0] * 4
+    kind = {"discrete": discrete, "image_shape": image_shape}
+    model = LaMo(gpt2, embed, 5, max_timesteps, 10.0, *states, *bounds, **kind)
     return shaken(model, 0.2)
 
 
@@ -371,28 +375,47 @@ class Reference(torch.nn.Module):
         gelu = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
         return h + embedder.residual.weight @ gelu + embedder.residual.bias
 
+    def features(self, image):
+        """Those of an image, by correlating patches with kernels one by one."""
+        encoder = self.lamo.embed_state[0]
+        x = image.double().numpy() / 255
+        if image.shape[-1] <= image.shape[0]:
+            x = x.transpose(2, 0, 1)  # channels, height, width
+        for layer in encoder.layers:
+            if isinstance(layer, torch.nn.Conv2d):
+                kernel, stride = layer.weight.detach().double().numpy(), layer.stride[0]
+                patches = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[2:], (1, 2))
+                x = np.einsum("chwij,ocij->ohw", patches[:, ::stride, ::stride], kernel)
+                x = np.maximum(x + layer.bias.detach().double().numpy()[:, None, None], 0)
+        return torch.from_numpy(x.flatten())
+
     def forward(self, returns_to_go, states, actions, timesteps):
-        """One window without padding: (k,), (k, S), (k, A), (k,) -> predicted actions (k, A), in [-1, 1]."""
+        """One window without padding: (k,), (k, S), (k, A), (k,) -> predicted actions (k, A), in [-1, 1], or logits."""
         lamo, tokens = self.lamo, []
-        low, high = torch.tensor(BOUNDS)
+        low, high = torch.tensor([[0.0] * 4, [1.0] * 4] if lamo.discrete else BOUNDS)
         for R, s, a, t in zip(returns_to_go, states, actions, timesteps):
-            inputs = (
-                R.view(1) / 10.0,
-                (s - lamo.state_mean) / lamo.state_std,
-                2 * (a - low) / (high - low) - 1,
-            )
-            for embedder, x in zip(
-                (lamo.embed_return, lamo.embed_state, lamo.embed_action), inputs
-            ):
+            if lamo.image_shape:
+                state, embed_state = self.features(s), lamo.embed_state[1]
+            else:
+                state, embed_state = (s - lamo.state_mean) / lamo.state_std, lamo.embed_state
+            inputs = R.view(1) / 10.0, state, 2 * (a - low) / (high - low) - 1
+            for embedder, x in zip((lamo.embed_return, embed_state, lamo.embed_action), inputs):
                 token = self.mlp(embedder, x.float())
                 token = (token - token.mean()) / torch.sqrt(token.var(correction=0) + 1e-5)
                 token = token * lamo.embed_ln.weight + lamo.embed_ln.bias
                 tokens.append(token + lamo.embed_timestep.weight[t])
         hidden = self.gpt2(inputs_embeds=torch.stack(tokens).unsqueeze(0)).last_hidden_state[0]
-        first, last = lamo.action_head[0], lamo.action_head[-1]
+        layers = [
+            layer
+            for layer in lamo.action_head.modules()
+            if not isinstance(layer, torch.nn.Sequential)
+        ]
+        first, last = layers[0], layers[-1]
         predicted = []
         for h in hidden[1::3]:
-            if isinstance(last, torch.nn.Tanh):
+            if first is last:
+                predicted.append(first.weight @ h + first.bias)
+            elif isinstance(last, torch.nn.Tanh):
                 predicted.append(torch.tanh(first.weight @ h + first.bias))
             else:
                 h = first.weight @ h + first.bias
@@ -407,23 +430,30 @@ class Reference(torch.nn.Module):
         for b, length in enumerate((batch["weight"] > 0).sum(dim=1).tolist()):
             predicted = self(*(batch[name][b, :length] for name in HISTORY))
             for k in range(length):
+                if self.lamo.discrete:
+                    chosen = batch["actions"][b, k].tolist().index(1)
+                    errors.append(predicted[k].exp().sum().log() - predicted[k][chosen])
+                    continue
                 target = 2 * (batch["actions"][b, k] - low) / (high - low) - 1
                 errors.append(((predicted[k] - target.float()) ** 2).mean())
         return torch.stack(errors).mean()
 
 
-def some_trajectories(lengths=(7, 1, 12, 30), S=3, A=2):
+def some_trajectories(lengths=(7, 1, 12, 30), S=3, A=2, discrete=False, image_shape=None):
     rng = np.random.default_rng(0)
-    return (
-        [rng.normal(size=(n, S)) for n in lengths],
-        [rng.uniform(-1, 4, size=(n, A)) for n in lengths],
-        [rng.normal(size=n) * 10 for n in lengths],
-    )
+    states = [rng.normal(size=(n, S)) for n in lengths]
+    actions = [rng.uniform(-1, 4, size=(n, A)) for n in lengths]
+    rewards = [rng.normal(size=n) * 10 for n in lengths]
+    if image_shape:
+        states = [rng.integers(256, size=(n, *image_shape), dtype=np.uint8) for n in lengths]
+    if discrete:
+        actions = [np.eye(4, dtype=np.float32)[rng.integers(4, size=n)] for n in lengths]
+    return states, actions, rewards
 
 
-def a_batch(size=8, seed=0):
+def a_batch(size=8, seed=0, **kind):
     torch.manual_seed(seed)
-    return Trajectories(*some_trajectories()).batch(size, 5)
+    return Trajectories(*some_trajectories(**kind)).batch(size, 5)
 
 
 VARIANTS = [
@@ -431,12 +461,22 @@ VARIANTS = [
     {"embed": "linear", "lora": False},
     {"embed": "mlp", "lora": False},
 ]
+KINDS = [  # of actions and states
+    {"discrete": True},
+    {"discrete": True, "image_shape": (10, 9, 3)},
+    {"image_shape": (2, 36, 40)},
+]
+MANY = [variant | kind for variant in VARIANTS[:2] for kind in KINDS]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def kind_of(variant):
+    return {name: value for name, value in variant.items() if name in ("discrete", "image_shape")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS + MANY)
 def test_predictions_equal_an_independent_decision_transformer(variant):
     model = tiny_lamo(**variant).eval()
-    reference, batch = Reference(model).eval(), a_batch()
+    reference, batch = Reference(model).eval(), a_batch(**kind_of(variant))
     assert (batch["weight"] == 0).any()  # padded windows, too
     with torch.no_grad():
         predicted = model.predict(*(batch[name] for name in HISTORY))
@@ -472,6 +512,37 @@ def test_actions_are_clamped_and_in_the_environments_units(variant):
     unknown = [part.clone() for part in history]
     unknown[2][torch.arange(40), lengths - 1] = 100.0  # the action that is asked for
     assert torch.equal(model.act(*unknown, lengths), acts)
+
+
+@pytest.mark.parametrize("variant", MANY[:2])
+def test_a_discrete_action_is_the_likeliest_one_hot(variant):
+    model, kind = tiny_lamo(**variant).eval(), kind_of(variant)
+    reference, batch = Reference(model).eval(), a_batch(40, **kind)
+    lengths = (batch["weight"] > 0).sum(dim=1)
+    history = [batch[name] for name in HISTORY]
+    acts = model.act(*history, lengths)
+    assert len(acts.unique(dim=0)) > 1
+    with torch.no_grad():
+        for b, length in enumerate(lengths.tolist()):
+            logits = reference(*(part[b, :length] for part in history))[-1]
+            assert acts[b].tolist() == [float(i == logits.argmax()) for i in range(4)]
+
+
+def test_the_encoder_of_large_images_is_that_of_the_authors():
+    shapes = [tuple(layer.weight.shape) for layer in lamo.ImageEncoder((4, 84, 84)).layers[::2][:3]]
+    assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]
+    encoder = lamo.ImageEncoder((84, 84, 4))  # 64 channels of 7 x 7
+    assert encoder.features == 3136
+    assert encoder(torch.zeros(2, 5, 84, 84, 4, dtype=torch.uint8)).shape == (2, 5, 3136)
+
+
+def test_steps_beyond_the_data_take_its_last_timestep():
+    model, batch = tiny_lamo(max_timesteps=31).eval(), a_batch()
+    history = [batch[name] for name in HISTORY]
+    late = [*history[:3], torch.full_like(history[3], 5000)]
+    last = [*history[:3], torch.full_like(history[3], 30)]
+    with torch.no_grad():
+        assert torch.equal(model.predict(*late), model.predict(*last))
 
 
 def smooth_dropout(x, p=0.5, training=True, inplace=False):
@@ -566,7 +637,8 @@ HOPPER = HERE / "demo" / "lamo" / "hopper" / "demo-v0" / "data"
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 8))
 def test_windows_equal_a_brute_force_loop(lengths, context):
     observations, actions, rewards = some_trajectories(lengths)
-    trajectories, rows = Trajectories(observations, actions, rewards), np.concatenate(observations)
+    rows = np.concatenate(observations)
+    trajectories = Trajectories([*observations], actions, rewards)
     np.testing.assert_allclose(trajectories.state_mean, rows.mean(0))
     spread = np.sqrt(((rows - rows.mean(0)) ** 2).mean(0))
     np.testing.assert_allclose(trajectories.state_std, spread + 1e-6 if len(rows) > 1 else [1] * 3)
@@ -842,7 +914,7 @@ def test_processes_share_a_batch_and_have_dropout_of_their_own(monkeypatch):
 class Script(torch.nn.Module):
     """A policy that depends on all of its window, row by row, so that a batch changes no bit of it."""
 
-    context, max_timesteps = 4, 99
+    context = 4
 
     def __init__(self):
         super().__init__()
@@ -860,25 +932,21 @@ class Script(torch.nn.Module):
         return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
-    "delayed, limit, longest", [(False, 99, 99), (True, 99, 99), (False, 20, 99), (False, 99, 20)]
-)
-def test_rollout_equals_one_environment_at_a_time(delayed, limit, longest):
+@pytest.mark.parametrize("delayed, limit", [(False, 99), (True, 99), (False, 20)])
+def test_rollout_equals_one_environment_at_a_time(delayed, limit):
     policy, targets, episodes, seed = Script(), (300.0, 50.0), 4, 7
-    policy.max_timesteps = longest
     spec = gym.make("Hopper-v5", max_episode_steps=limit).spec
     environments = Environments(spec, num_envs=3)  # more episodes than environments
-    returns, lengths = evaluation.rollout(policy, environments, targets, episodes, seed, delayed)
-    assert len(environments.envs) == 3
-    assert len(set(lengths.flatten())) > 1 and (lengths.max() == 20) == (
-        20 in (limit, longest)
-    )  # ends of all kinds
+    results = evaluation.rollout(policy, environments, targets, episodes, seed, delayed)
+    returns, lengths, successes = results
+    assert len(environments.envs) == 3 and np.isnan(successes).all()  # Hopper reports none
+    assert len(set(lengths.flatten())) > 1 and (lengths.max() == 20) == (limit == 20)
     env = gym.make(spec)
     for i, target in enumerate(targets):
         for episode in range(episodes):
             observation, _ = env.reset(seed=seed + episode)
             rtg, states, actions, total = [target], [observation], [], 0.0
-            for t in range(policy.max_timesteps):
+            for t in range(limit):
                 parts = [
                     np.array(part, np.float32) for part in (rtg, states, [*actions, np.zeros(3)])
                 ]
@@ -903,7 +971,7 @@ def test_returns_do_not_depend_on_how_many_environments_there_are():
     policy = tiny_lamo(S=11, bounds=[[-1.0] * 3, [1.0] * 3]).eval()
     some = [Environments(gym.spec("Hopper-v5"), num_envs) for num_envs in (1, 4, 10, 20)]
     results = [evaluation.rollout(policy, environments, (3.0, 1.0), 5, 3) for environments in some]
-    for returns, lengths in results[1:]:
+    for returns, lengths, _ in results[1:]:
         assert np.array_equal(returns, results[0][0]) and np.array_equal(lengths, results[0][1])
 
 
@@ -931,8 +999,8 @@ def test_an_episode_that_fails_is_counted_and_has_no_part_in_the_mean(capsys):
     )
     failing, sound = (Environments(gym.spec(name), 3) for name in ("FailingHopper-v0", "Hopper-v5"))
     policy = Script()
-    returns, _ = evaluation.rollout(policy, failing, (300,), 8, 0)
-    expected, _ = evaluation.rollout(policy, sound, (300,), 8, 0)
+    returns, *_ = evaluation.rollout(policy, failing, (300,), 8, 0)
+    expected, *_ = evaluation.rollout(policy, sound, (300,), 8, 0)
     assert np.isnan(returns[0]).tolist() == [False, True] * 4
     assert np.array_equal(returns[0, ::2], expected[0, ::2])
     row = evaluation.evaluate(policy, failing, (300,), 8, 0, (0, 100))["300"]
@@ -951,7 +1019,7 @@ def test_evaluation_scores():
     policy = Script().train()
     scores = evaluation.evaluate(policy, environments, (300, 50), 5, 0, (10.0, 60.0))
     assert policy.training
-    returns, lengths = evaluation.rollout(policy, environments, (300, 50), 5, 0)
+    returns, lengths, _ = evaluation.rollout(policy, environments, (300, 50), 5, 0)
     for i, name in enumerate(("300", "50")):
         row = scores[name]
         assert row["return_mean"] == pytest.approx(returns[i].mean())
@@ -1280,7 +1348,8 @@ def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
     policy, config, header = lamo.load(tmp_path / "run")
     spec = evaluation.spec_from_json(header["env_spec"])
     assert header["reference"] == (0, 4) and policy.trunk.bf16
-    assert len(policy.state_mean) == 59 and policy.max_timesteps == spec.max_episode_steps == 280
+    assert len(policy.state_mean) == 59 and spec.max_episode_steps == 280
+    assert policy.max_timesteps == max(map(len, kitchen[1]))  # the longest in the data
     assert spec.kwargs["tasks_to_complete"] == [
         "microwave",
         "kettle",
@@ -1485,7 +1554,7 @@ def test_actions_at_the_bounds_stay_within_them():
     policy, environments = Script(), Environments(evaluation.spec_of("test_lamo:Point-v0"), 2)
     policy.weight = torch.nn.Parameter(torch.full((2, 3), 100.0))
     policy.act = lambda *inputs: torch.tensor([[1.0, -1.0]]).expand(len(inputs[0]), 2)
-    returns, _ = evaluation.rollout(policy, environments, [1.0], 2, 0)
+    returns, *_ = evaluation.rollout(policy, environments, [1.0], 2, 0)
     assert np.isfinite(returns).all()
 
 
@@ -1516,9 +1585,12 @@ def test_a_dataset_without_environment_trains_without_evaluating(tmp_path):
         evaluation.main([str(tmp_path / "run")])
 
 
-def test_what_is_no_vector_is_refused_without_an_environment_too(tmp_path):
-    folder = save_dataset("test/discrete-v0", "CartPole-v1", play(gym.make("CartPole-v1")))
-    with pytest.raises(InputError, match="the dataset has Discrete.*; LaMo needs vectors"):
+def test_what_a_policy_cannot_do_is_refused_without_an_environment_too(tmp_path):
+    space = gym.spaces.MultiDiscrete([2, 3])
+    episodes = [(np.zeros((6, 3)), np.zeros((5, 2), int), np.ones(5))]
+    spaces = {"observation_space": gym.spaces.Box(-9, 9, (3,)), "action_space": space}
+    folder = save_dataset("test/multi-v0", None, episodes, **spaces)
+    with pytest.raises(InputError, match="its actions are MultiDiscrete.*; LaMo does vectors"):
         start(folder, tmp_path / "run", "--env", "none")
 
 
@@ -1595,7 +1667,7 @@ def test_the_longest_episode_follows_the_data(
     assert f"episodes of at most {expected} steps" in capsys.readouterr().out
     policy, _, header = lamo.load(tmp_path / "run")
     assert json.loads(header["env_spec"])["max_episode_steps"] == expected
-    assert policy.max_timesteps == max(expected, 11)
+    assert policy.max_timesteps == 11  # no timestep that the data does not have
     assert read_scores(tmp_path / "run")["best"]["length_mean"] <= expected
 
 
@@ -1649,6 +1721,194 @@ def test_what_is_no_dataset_is_told_by_its_contents(tmp_path, kind, words, insid
         lamo.load_dataset(str(tmp_path / name))
 
 
+# ---------------------------------------------------------------------------- goals, choices and images
+class Goals(gym.Env):
+    """A point that walks to a goal: a dict observation with one inside it, one of three steps, a success."""
+
+    def __init__(self, lacks=()):
+        box = gym.spaces.Box(-9, 9, (2,), np.float64)
+        inner = gym.spaces.Dict({"clock": gym.spaces.Box(-9, 9, (1,), np.float64)})
+        spaces = {"observation": box, "achieved_goal": box, "desired_goal": box, "more": inner}
+        self.lacks = lacks
+        self.observation_space = gym.spaces.Dict(self.visible(spaces))
+        self.action_space = gym.spaces.Discrete(3, start=5)
+
+    def visible(self, entries):
+        return {name: entry for name, entry in entries.items() if name not in self.lacks}
+
+    def observe(self):
+        return self.visible(
+            {
+                "observation": np.array([self.time, 0.5]),
+                "achieved_goal": np.array([self.x, 0.0]),
+                "desired_goal": np.array([3.0, 1.0]),
+                "more": {"clock": np.zeros(1)},
+            }
+        )
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.x = 0, float(self.np_random.integers(3))
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.time += 1
+        self.x += action - 6
+        success = abs(self.x - 3) < 0.5
+        return self.observe(), float(success), False, False, {"is_success": success}
+
+
+class Pictures(gym.Env):
+    """A picture of 6 x 7 pixels in which one moves."""
+
+    def __init__(self, shape=(6, 7, 2), dtype=np.uint8):
+        self.observation_space = gym.spaces.Box(0, 255, shape, dtype)
+        self.action_space = gym.spaces.Discrete(2)
+
+    def observe(self):
+        picture = np.zeros(self.observation_space.shape, self.observation_space.dtype)
+        picture.flat[self.time % picture.size] = 255
+        return picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = int(self.np_random.integers(9))
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.time += 1 + action
+        return self.observe(), float(action), False, False, {}
+
+
+for name in ("Goals", "Pictures"):
+    gym.register(f"{name}-v0", entry_point=f"test_lamo:{name}", max_episode_steps=12)
+
+
+def a_set(name, env_id=None, **options):
+    """Random episodes of an environment, as a folder; `env_id` is that to record."""
+    env = gym.make(f"{name}-v0", **options)
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    return save_dataset(f"test/{name.lower()}-v0", env_id, play(env), **spaces)
+
+
+def test_a_policy_sees_all_vectors_of_a_dict_in_the_order_of_their_names(tmp_path):
+    trajectories = lamo.read_trajectories(minari.MinariDataset(a_set("Goals") / "data"), 1.0, 0)
+    t = trajectories.timesteps.double()
+    expected = [trajectories.states[:, 0], 0 * t, 0 * t + 3, 0 * t + 1, t, 0 * t + 0.5]
+    assert torch.equal(trajectories.states, torch.stack(expected, dim=1))
+    choice = trajectories.actions.argmax(dim=1)  # 5, 6, 7: one step back, none, one ahead
+    assert torch.equal(trajectories.actions, F.one_hot(choice, 3).float())
+    moved = trajectories.states[1:, 0] - trajectories.states[:-1, 0]
+    same = trajectories.last[1:] == trajectories.last[:-1]
+    assert torch.equal(moved[same], (choice[:-1] - 1)[same].double())
+
+
+class Walker(torch.nn.Module):
+    """Walks to the goal, and by its target may wait for the second step."""
+
+    context = 3
+
+    def __init__(self):
+        super().__init__()
+        self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def act(self, returns_to_go, states, actions, timesteps, lengths):
+        newest = torch.arange(len(lengths)), lengths - 1
+        goes = (states[newest][:, 2] - states[newest][:, 0]).sign().long() + 1
+        goes[(returns_to_go[newest] < 1)] = 1  # stays
+        return F.one_hot(goes, 3)
+
+
+def test_success_is_that_of_any_step_and_has_a_column():
+    environments = Environments(evaluation.spec_of("test_lamo:Goals-v0"), 3)
+    returns, lengths, successes = evaluation.rollout(Walker(), environments, (20.0, 0.0), 6, 0)
+    assert (successes[0] == 1).all() and (returns[0] >= 9).all() and (lengths == 12).all()
+    assert (successes[1] == 0).all() and (returns[1] == 0).all()
+    scores = evaluation.evaluate(Walker(), environments, (20.0, 0.0), 6, 0, (0, 10))
+    assert [row["success"] for row in scores.values()] == [1, 0]
+    title, high, low, _ = evaluation.format_scores(scores, (0, 10)).splitlines()
+    assert title.endswith(" success") and high.endswith("100%  best") and low.endswith(" 0%")
+
+
+@pytest.mark.parametrize("name", ["Goals", "Pictures"])
+@pytest.mark.parametrize("method", ["lamo", "dt"])
+def test_goals_choices_and_images_from_start_to_end(name, method, tmp_path, lm_folder, capsys):
+    folder, out = a_set(name), tmp_path / "run"
+    lm = f"--text-block 32 --lm {lm_folder}" if method == "lamo" else ""
+    start(folder, out, "--env", f"test_lamo:{name}-v0", "--method", method, *lm.split())
+    assert ("success" in capsys.readouterr().out) == (name == "Goals")
+    policy, config, header = lamo.load(out)
+    state = torch.zeros(1, 20, *([6] if name == "Goals" else [6, 7, 2]))
+    state = state.to(torch.uint8 if name == "Pictures" else torch.float64)
+    count = 3 if name == "Goals" else 2
+    window = torch.zeros(1, 20), state, torch.zeros(1, 20, count), torch.zeros(1, 20).long()
+    assert policy.act(*window, torch.tensor([20])).sum() == 1
+    row = read_scores(out)["best"]
+    assert row["failed"] == 0 and ("success" in row) == (name == "Goals")
+    evaluation.main([str(out), "--env", f"test_lamo:{name}-v0"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(2, 5))
+def test_stacks_equal_a_plain_loop(lengths, count):
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(256, size=(n, 5, 4), dtype=np.uint8) for n in lengths]
+    actions, rewards = [np.zeros((n, 1)) for n in lengths], [np.ones(n) for n in lengths]
+    trajectories = Trajectories([*frames], actions, rewards, stack=count)
+    assert trajectories.states.dtype == torch.uint8 and len(trajectories.states) == sum(lengths)
+    expected = []
+    for episode in frames:
+        queue = [episode[0]] * count  # as gymnasium.wrappers.FrameStackObservation starts
+        for frame in episode:
+            queue = [*queue[1:], frame]
+            expected.append(np.array(queue))
+    states = trajectories.states_at(torch.arange(sum(lengths)).unsqueeze(0))[0]
+    assert np.array_equal(states, expected)
+    batch = trajectories.batch(6, 3)
+    assert batch["states"].shape == (6, 3, count, 5, 4)
+
+
+MEMORY = """
+import resource, sys, minari, lamo
+dataset = minari.MinariDataset(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+trajectories = lamo.read_trajectories(dataset, 1.0, 0)
+batch = trajectories.batch(8, 4)
+lamo.checksum([trajectories.states])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(peak * 1024 / trajectories.states.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_images_take_little_more_memory_than_themselves():
+    rng = np.random.default_rng(0)
+    space = gym.spaces.Box(0, 255, (31, 31, 30), np.uint8)  # not JPEG, which would take long
+    spaces = {"observation_space": space, "action_space": gym.spaces.Discrete(2)}
+    episodes = [
+        (rng.integers(256, size=(201, *space.shape), dtype=np.uint8), [0] * 200, np.ones(200))
+        for _ in range(60)
+    ]
+    folder = save_dataset("test/many-v0", None, episodes, **spaces)
+    result = command("-c", MEMORY, folder / "data")
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1.5
+
+
+def test_the_environment_is_that_of_the_data_unless_the_user_wants_the_other(tmp_path, capsys):
+    env = gym.make("Hopper-v5", max_episode_steps=50)
+    folder = save_dataset("test/two-v0", env, play(env))
+    other = gym.make("Hopper-v5", max_episode_steps=7).spec.to_json()
+    change_metadata(folder, eval_env_spec=other)
+    for options, expected in ([], 50), (["--env", "eval"], 7):
+        start(folder, tmp_path / str(expected), *options)
+        printed = capsys.readouterr().out
+        assert f"episodes of at most {expected} steps" in printed
+        assert ("to take it, add --env eval" in printed) == (not options)
+
+
 # ---------------------------------------------------------------------------- what a file brings is data
 TRAP = """
 from pathlib import Path
@@ -1692,13 +1952,13 @@ def trap(tmp_path, monkeypatch):
 def test_an_environment_from_a_file_runs_no_code(name, trap, tmp_path):
     spec = json.dumps(json.loads(gym.spec("Hopper-v5").to_json()) | TRAPS[name])
     folder = save_dataset("test/trap-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
-    for key in ("env_spec", "eval_env_spec"):
+    for key, options in (("env_spec", []), ("eval_env_spec", ["--env", "eval"])):
         change_metadata(
             folder,
             **{"env_spec": gym.spec("Hopper-v5").to_json(), "eval_env_spec": None, key: spec},
         )
         with pytest.raises(InputError, match="--env"):
-            start(folder, tmp_path / "run")
+            start(folder, tmp_path / "run", *options)
     start(folder, tmp_path / "run", "--env", "Hopper-v5")  # the user's word goes
     path = tmp_path / "run" / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True)
@@ -2026,10 +2286,17 @@ def bad(tmp_path_factory, lm_folder, trained):
         ]
         space = gym.spaces.Box(-np.inf, np.inf, (11,))
         good = save_dataset("test/good-v0", "Hopper-v5", episodes, observation_space=space)
-        cartpole = [
-            (rng.normal(size=(6, 4)), rng.integers(2, size=5), np.ones(5)) for _ in range(3)
-        ]
-        save_dataset("test/discrete-v0", "CartPole-v1", cartpole)
+        for name, (env_id, observations, actions, *spaces) in bad_kinds().items():
+            episodes = [(observations, actions, np.ones(5))] * 3
+            spaces = dict(zip(("observation_space", "action_space"), spaces))
+            save_dataset(f"test/{name}-v0", env_id, episodes, **spaces)
+        shutil.copytree(folder / "test" / "image-v0", folder / "frames")
+        with h5py.File(folder / "frames" / "data" / "main_data.hdf5", "a") as file:
+            del file["episode_1/observations"]
+            file["episode_1/observations"] = np.zeros((6, 5, 7, 2), np.uint8)
+        shutil.copytree(folder / "test" / "goals-v0", folder / "keys")
+        with h5py.File(folder / "keys" / "data" / "main_data.hdf5", "a") as file:
+            del file["episode_1/observations/desired_goal"]
     for name in (
         "cut-data",
         "empty-data",
@@ -2083,6 +2350,26 @@ def bad(tmp_path_factory, lm_folder, trained):
             checkpoint["header"]["lm_checksum"] = "0" * 64 if name == "other-lm" else None
             torch.save(checkpoint, path)
     return folder
+
+
+def bad_kinds():
+    """Datasets that cannot be used, by name: environment, observations, actions, their spaces."""
+    Box, Discrete = gym.spaces.Box, gym.spaces.Discrete
+    picture, vector = Box(0, 255, (6, 7, 2), np.uint8), Box(-9, 9, (4,))
+    images, choices = np.zeros((6, 6, 7, 2), np.uint8), np.array([0, 1, 0, 1, 0])
+    goals = {"achieved_goal": np.zeros((6, 2)), "desired_goal": np.zeros((6, 2))}
+    words = gym.spaces.Dict({"mission": gym.spaces.Text(9), "state": vector})
+    return {
+        "image": ("CartPole-v1", images, choices, picture, Discrete(2)),
+        "float-image": (None, images / 255.0, choices, Box(0, 1, (6, 7, 2)), Discrete(2)),
+        "flat-image": (None, images[..., 0], choices, Box(0, 255, (6, 7), np.uint8), Discrete(2)),
+        "text": (None, {"mission": ["go"] * 6, "state": np.zeros((6, 4))}, choices, words, Discrete(2)),
+        "goals": (None, goals, choices, gym.spaces.Dict(dict.fromkeys(goals, Box(-9, 9, (2,)))), Discrete(2)),
+        "outside": (None, np.zeros((6, 4)), choices + 1, vector, Discrete(2)),
+        "column": (None, np.zeros((6, 4)), choices[:, None], vector, Discrete(2)),
+        "other-kind": ("CartPole-v1", np.zeros((6, 4)), np.zeros((5, 2)), vector, Box(-1, 1, (2,))),
+        "multi": (None, np.zeros((6, 4)), np.zeros((5, 2), int), vector, gym.spaces.MultiDiscrete([2, 2])),
+    }  # fmt: skip
 
 
 # What is asked for, and words of the one line that answers
@@ -2142,8 +2429,18 @@ BAD_OPTIONS = [
     ("--data {bad}/no-rewards", "no-rewards"),
     ("--data {bad}/nan-reward", "is not finite"),
     ("--data {bad}/words", "words"),
-    ("--data {bad}/narrow", "narrow"),
-    ("--data {bad}/test/discrete-v0", "vectors of real numbers"),
+    ("--data {bad}/narrow", "episode 1 has observations of shape"),
+    ("--data {bad}/test/image-v0", r"observations of shape \(6, 7, 2\), its environment \(4,\)"),
+    ("--env none --data {bad}/test/float-image-v0", "images .* of uint8"),
+    ("--env none --data {bad}/test/flat-image-v0", "images .* of uint8"),
+    ("--env none --data {bad}/test/text-v0", "entry mission"),
+    ("--env none --data {bad}/keys", r"episode 1 has observations of shape \(2,\), not \(4,\)"),
+    ("--env none --data {bad}/frames", "episode 1 has observations of shape"),
+    ("--env none --data {bad}/test/outside-v0", "not in its space"),
+    ("--env none --data {bad}/test/column-v0", r"must be integers \(T,\), not int64 \(5, 1\)"),
+    ("--data {bad}/test/other-kind-v0", "has the actions Box.*its environment Discrete"),
+    ("--env none --data {bad}/test/multi-v0", "LaMo does vectors"),
+    ("--env eval --data {bad}/test/good-v0", "no environment is recorded; name an environment"),
     ("--data no-such-name", "no-such-name"),
     ("--lm {bad}/folder", "cannot find a GPT-2"),
     ("--lm {bad}/no-json", "cannot find a GPT-2"),
@@ -2174,7 +2471,7 @@ BAD_RESUMES = [
     ("--resume {bad}/cut", "cut"),
     ("--steps 1 --resume {bad}", "but for --device"),
     ("--resume {bad}/altered", "checkpoint.pt"),
-    ("--resume {bad}/old", "version 2"),
+    ("--resume {bad}/old", "version 3"),
     ("--resume {bad}/other-lm", "is not the language model"),
 ]
 
@@ -2550,5 +2847,5 @@ def test_cuda_agrees_with_cpu(trained):
     torch.testing.assert_close(
         on_cuda.act(*history).cpu(), on_cpu.act(*(x.cpu() for x in history)), atol=1e-3, rtol=0
     )
-    returns, _ = evaluation.rollout(on_cuda, Environments(gym.spec("Hopper-v5")), (1500,), 2, 0)
+    returns, *_ = evaluation.rollout(on_cuda, Environments(gym.spec("Hopper-v5")), (1500,), 2, 0)
     assert np.isfinite(returns).all()
