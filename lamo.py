@@ -7,7 +7,7 @@ Offline Reinforcement Learning" (Shi et al., ICLR 2024, https://arxiv.org/abs/23
 
 LaMo has four parts. Each stands in one place:
 
-  1. the trunk starts from the weights of a language model    GPT2.from_pretrained
+  1. the trunk starts from the weights of a language model    GPT2.from_pretrained, CausalLM
   2. the trunk stays frozen, and LoRA adapts it               LoRALinear, GPT2.add_lora
   3. MLPs embed returns, states and actions                   Embedder
   4. a language loss on text joins the action loss            LaMo.forward, train
@@ -185,7 +185,8 @@ class Config:
     # model
     method: str = option("lamo", "LaMo, Decision Transformer or Wiki-RL", choices=[*METHODS])
     lm: str = option(
-        "gpt2", "GPT-2, hub name or folder; none: random weights, no text (--lang-coef 0)"
+        "gpt2",
+        "language model, hub name or folder; none: random weights, no text (--lang-coef 0)",
     )
     lora_rank: int = option(16, "rank r of LoRA; 0: no LoRA", type=COUNT_OR_ZERO)
     lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", type=AMOUNT)
@@ -195,7 +196,7 @@ class Config:
     context: int | None = option(
         None, "K, steps that the policy sees; default: the task's", type=COUNT
     )
-    dropout: float = option(0.1, "dropout of the trunk", type=SHARE)
+    dropout: float = option(0.1, "dropout of the trunk, if it is a GPT-2", type=SHARE)
     layers: int = option(12, "transformer blocks, with --lm none", type=COUNT)
     width: int = option(768, "model width D, with --lm none", type=COUNT)
     heads: int = option(12, "attention heads, with --lm none", type=COUNT)
@@ -247,7 +248,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         out_features, in_features = linear.weight.shape
         self.weight = linear.weight.requires_grad_(False)
-        self.bias = linear.bias.requires_grad_(True)
+        self.bias = linear.bias  # some models have none
+        if self.bias is not None:
+            self.bias.requires_grad_(True)
         self.A = nn.Parameter(torch.empty(parts, rank, in_features))
         self.B = nn.Parameter(torch.zeros(parts, out_features // parts, rank))  # starts as `linear`
         for A in self.A:
@@ -319,7 +322,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with the parameter names of its published checkpoints.
 
-    It is the trunk of LaMo. To use another one, return it from `build_trunk`. It needs
+    It is the trunk of LaMo. Other language models are a CausalLM; to use something else, return it
+    from `build_trunk`. It needs
 
         width                            D
         forward(x)                       embeddings (B, T, D) -> hidden states (B, T, D), causal
@@ -350,13 +354,23 @@ class GPT2(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    @classmethod
-    def from_pretrained(cls, name, dropout=0.1, bf16=False):
-        """Return a GPT2 with the weights of a checkpoint, by hub name or folder: LaMo's part 1.
+    @staticmethod
+    def represents(config):
+        """Return whether this class computes what a model of transformers with a config does."""
+        return config.model_type == "gpt2" and all(
+            (
+                config.activation_function in ("gelu_new", "gelu_pytorch_tanh"),  # one function
+                config.layer_norm_epsilon == 1e-5,
+                config.n_inner in (None, 4 * config.n_embd),
+                config.scale_attn_weights,
+                not config.scale_attn_by_inverse_layer_idx,
+                config.tie_word_embeddings,
+            )
+        )
 
-        Raises InputError if there is no such checkpoint, or if this class cannot represent it.
-        """
-        theirs = load_gpt2(name)
+    @classmethod
+    def from_pretrained(cls, theirs, dropout=0.1, bf16=False):
+        """Return a GPT2 with the weights of transformers' GPT2LMHeadModel: LaMo's part 1."""
         config = theirs.config
         model = cls(
             config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head,
@@ -396,6 +410,72 @@ class GPT2(nn.Module):
         """Return the mean cross-entropy, in nats, of each next token of text (B, T)."""
         logits = self.logits(tokens)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class CausalLM(nn.Module):
+    """Any other causal language model of transformers as a trunk: Llama, Qwen, Gemma, OPT, Pythia.
+
+    It has the methods of GPT2. What the model does to embeddings by itself stays on: positions,
+    learned or rotary, scaling, sliding windows. Its dropout is its own. Raises InputError if the
+    model is not causal.
+    """
+
+    # Queries, keys and values: by themselves, or fused in a layer
+    PROJECTIONS = "q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn"
+
+    def __init__(self, theirs, bf16=False):
+        super().__init__()
+        self.model, self.bf16 = theirs, bf16
+        self.vocab_size, self.width = theirs.get_input_embeddings().weight.shape
+        self.n_positions = getattr(theirs.config, "max_position_embeddings", None) or math.inf
+
+        # An encoder, such as BERT, would show the future to the policy.
+        x = torch.zeros(2, 2, self.width)
+        x[1, 1] = torch.linspace(-9, 9, self.width)
+        with torch.no_grad():
+            first, second = self.eval()(x)
+        if not torch.allclose(first[0], second[0], rtol=1e-3, atol=1e-3):
+            raise InputError(f"--lm is a {theirs.config.model_type}, whose tokens see later ones")
+        self.train()
+
+    def add_lora(self, rank, alpha, dropout):
+        """Freeze all weights, then add LoRA to queries, keys and values: LaMo's part 2.
+
+        With bf16, the frozen weights are kept in bfloat16. Raises InputError if the model has no
+        layer whose name says that it projects to queries, keys and values.
+        """
+        self.requires_grad_(False)
+        if self.bf16:
+            self.to(torch.bfloat16)
+        for parent in [*self.modules()]:
+            for name, layer in [*parent.named_children()]:
+                if name in self.PROJECTIONS:
+                    setattr(parent, name, LoRALinear(as_linear(layer), rank, alpha, dropout, 1))
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trained:
+            names = ", ".join(self.PROJECTIONS)
+            raise InputError(f"LoRA finds none of {names} in --lm; add --lora-rank 0 --lang-coef 0")
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+
+    def forward(self, x):
+        """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    def language_loss(self, tokens):
+        """Return the mean cross-entropy, in nats, of each next token of text (B, T)."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def as_linear(layer):
+    """Return a layer of transformers as nn.Linear. GPT-2's own have their weight transposed."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    linear = nn.Linear(*layer.weight.shape, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.T), layer.bias
+    return linear
 
 
 # -------------------------------------------------------------------------------- LaMo: parts 3, 4
@@ -633,10 +713,10 @@ class Trajectories:
         }
 
     def states_at(self, steps):
-        """Return the states of steps (B, K): the last `stack` observations, on an axis of their own.
+        """Return the states of steps (B, K): the last `stack` observations, on an axis of theirs.
 
-        Before the first observation of a trajectory stands that one again. A stack of one has no
-        axis.
+        Before the first observation of a trajectory, that one is repeated. A stack of one has no
+        such axis.
         """
         if self.stack == 1:
             return self.states[steps]
@@ -1019,30 +1099,18 @@ def from_transformers(kind, name, **keywords):
     )
 
 
-def load_gpt2(name):
-    """Return the GPT2LMHeadModel of a folder or a hub name, in float32.
+def load_causal_lm(name):
+    """Return the causal language model of a folder or a hub name, in float32.
 
-    Raises InputError if it cannot be loaded, or if it is not what the class GPT2 computes.
+    Raises InputError if it cannot be loaded, or if it is none.
     """
-    advice = f"cannot find a GPT-2 at {name}, in the cache or on the Hugging Face hub"
+    advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
     with on_error(f"{advice}; check the name and the network; --demo needs none"):
         config = from_transformers("AutoConfig", name)
-    if config.model_type != "gpt2":
-        raise InputError(f"--lm {name} has model_type {config.model_type}; it must be gpt2")
-    supported = {
-        "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
-        "layer_norm_epsilon": [1e-5],
-        "n_inner": [None, 4 * config.n_embd],
-        "scale_attn_weights": [True],
-        "scale_attn_by_inverse_layer_idx": [False],
-        "tie_word_embeddings": [True],
-    }
-    for key, values in supported.items():
-        if getattr(config, key) not in values:
-            value = getattr(config, key)
-            raise InputError(f"--lm {name} has {key} {value}, which the class GPT2 has not")
     with on_error(f"cannot load --lm {name}; if the download is damaged, delete it"):
-        model, problems = from_transformers("GPT2LMHeadModel", name, output_loading_info=True)
+        if config.is_encoder_decoder:
+            raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder alone")
+        model, problems = from_transformers("AutoModelForCausalLM", name, output_loading_info=True)
     if problems["missing_keys"]:
         missing = ", ".join(sorted(problems["missing_keys"]))
         raise InputError(f"--lm {name} lacks weights: {missing}")
@@ -1053,7 +1121,8 @@ def tokenize(text, tokenizer):
     """Return the token ids of a text, in one flat array.
 
     The text is cut before words, where GPT-2's tokenizer cuts it anyway. So the tokens are those of
-    the whole text, and memory does not depend on its lines.
+    the whole text, and memory does not depend on its lines. Tokenizers of another kind may differ
+    at a cut, once in 50,000 characters.
     """
     pieces = re.findall(r"(?s).{1,50000}(?<=\S)(?= \S)|.{1,50000}", text)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
@@ -1199,8 +1268,9 @@ def evaluation_spec(dataset, env):
     """Return the EnvSpec to evaluate in: what the user names, else where the data was recorded.
 
     That is not always where the dataset says to evaluate, `--env eval`: in Minari's antmaze-umaze
-    that is another maze (Minari's issue 304). If it cannot be made, a task brings its own, except for a kitchen, whose subtasks only
-    the dataset knows. Raises InputError if there is no environment.
+    that is another maze (Minari's issue 304). If it cannot be made, a task brings its own, except
+    for a kitchen, whose subtasks only the dataset knows. Raises InputError if there is no
+    environment.
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
@@ -1250,7 +1320,7 @@ def save(path, model, header, state):
     """Write a checkpoint. Of a frozen language model it has the checksum, not the weights."""
     weights = model.state_dict()
     if header["lm_checksum"]:
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 del weights[name]
     partial = path.with_suffix(".partial")
@@ -1313,7 +1383,7 @@ def check_device(device):
 
 
 def build_trunk(config):
-    """Return the GPT2 of a Config, and the checksum of its weights (None if they are random)."""
+    """Return the trunk of a Config, and the checksum of its weights (None if they are random)."""
     if config.lm == "none":
         if config.width % config.heads > 0:
             raise InputError(f"--width {config.width} is not a multiple of --heads {config.heads}")
@@ -1322,7 +1392,11 @@ def build_trunk(config):
         trunk = GPT2(**no_text, **shape, dropout=config.dropout, bf16=config.bf16)
         lm_checksum = None
     else:
-        trunk = GPT2.from_pretrained(config.lm, config.dropout, config.bf16)
+        theirs = load_causal_lm(config.lm)
+        if GPT2.represents(theirs.config):
+            trunk = GPT2.from_pretrained(theirs, config.dropout, config.bf16)
+        else:
+            trunk = CausalLM(theirs, config.bf16)
         lm_checksum = checksum(trunk.state_dict().values())
     trunk.requires_grad_(config.train_trunk)
     if config.lora_rank > 0:
@@ -1599,7 +1673,7 @@ def check_options(config):
 def fetch(config):
     """Download a run's files into the caches. Raises InputError if one cannot be had."""
     if config.lm != "none":
-        load_gpt2(config.lm)
+        load_causal_lm(config.lm)
     with on_error(f"cannot use the dataset {config.data}"):
         load_dataset(config.data)
     if config.lang_coef > 0:

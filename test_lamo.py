@@ -39,12 +39,32 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2TokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2TokenizerFast,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 import eval as evaluation
 import lamo
 from eval import Environments
-from lamo import GPT2, Config, InputError, LaMo, LoRALinear, Text, Trajectories
+from lamo import GPT2, CausalLM, Config, InputError, LaMo, LoRALinear, Text, Trajectories
 
 HERE = Path(__file__).resolve().parent
 HISTORY = "returns_to_go", "states", "actions", "timesteps"
@@ -60,6 +80,10 @@ def isolated(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(lamo, "hub_is_reachable", lambda: False)
     monkeypatch.setattr(lamo.signal, "signal", lambda *_: None)
+
+
+def gpt2_of(folder, *dropout, **settings):
+    return GPT2.from_pretrained(lamo.load_causal_lm(folder), *dropout, **settings)
 
 
 def cpu_config(**changes):
@@ -96,7 +120,7 @@ def authors_lm(tmp_path_factory):
 @pytest.fixture
 def authors_lamo(authors_lm):
     """The authors' tiny LaMo: ours with their weights. Dropout is 0, as where they recorded training steps."""
-    gpt2 = GPT2.from_pretrained(authors_lm, dropout=0.0)
+    gpt2 = gpt2_of(authors_lm, dropout=0.0)
     gpt2.add_lora(rank=16, alpha=32, dropout=0.0)
     states = authors()["state_mean"].tolist(), authors()["state_std"].tolist()
     model = LaMo(gpt2, "mlp", 6, 20, 1000.0, *states, [-1.0, -1.0], [1.0, 1.0])
@@ -252,7 +276,7 @@ def lm_folder(tmp_path_factory):
 def test_logits_equal_transformers(bf16, least, most, lm_folder):
     theirs, ours = (
         GPT2LMHeadModel.from_pretrained(lm_folder).eval(),
-        GPT2.from_pretrained(lm_folder, bf16=bf16).eval(),
+        gpt2_of(lm_folder, bf16=bf16).eval(),
     )
     tokens = torch.randint(300, (3, 64))
     with torch.no_grad():
@@ -273,7 +297,7 @@ def test_random_weights_start_as_transformers_do():
 
 def test_language_loss_equals_transformers(lm_folder):
     theirs = GPT2LMHeadModel.from_pretrained(lm_folder).eval()
-    trunk, tokens = GPT2.from_pretrained(lm_folder).eval(), torch.randint(300, (20, 50))
+    trunk, tokens = gpt2_of(lm_folder).eval(), torch.randint(300, (20, 50))
     expected, loss = theirs(tokens, labels=tokens).loss, trunk.language_loss(tokens)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     expected.backward()
@@ -317,6 +341,176 @@ def test_trainable_share_of_gpt2_small():
         3 * 16 * (768 + 768) + 3 * 768
     )
     assert gpt2.drop.p == gpt2.h[0].mlp.dropout.p == 0.1
+
+
+# ---------------------------------------------------------------------------- other language models
+SHAPE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+MODERN = SHAPE | {"intermediate_size": 64, "max_position_embeddings": 64, "num_key_value_heads": 2}
+FAMILIES = {  # a config, and the weights of a layer's LoRA of rank 4, with the biases of q, k and v
+    "llama": (LlamaConfig(**MODERN), 4 * (3 * 32 + 32 + 16 + 16)),
+    "qwen2": (Qwen2Config(**MODERN), 4 * (3 * 32 + 32 + 16 + 16) + 64),
+    "gemma2": (
+        Gemma2Config(**MODERN, head_dim=8, sliding_window=8, attn_logit_softcapping=2.0),
+        4 * (3 * 32 + 32 + 16 + 16),
+    ),
+    "opt": (
+        OPTConfig(
+            **SHAPE, dropout=0.0, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=16
+        ),
+        4 * 3 * (32 + 32) + 96,
+    ),
+    "pythia": (GPTNeoXConfig(**SHAPE, intermediate_size=64), 4 * (32 + 96) + 96),
+    "falcon": (FalconConfig(**SHAPE, multi_query=True), 4 * (32 + 48)),
+    "phi3": (Phi3Config(**MODERN), 4 * (32 + 64)),
+    "bloom": (BloomConfig(**SHAPE), 4 * (32 + 96) + 96),
+    "gpt2-relu": (tiny_config(activation_function="relu", n_inner=40), 4 * (32 + 96) + 96),
+}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory, lm_folder):
+    """Return the folder of a random model of a family, with a tokenizer."""
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def made(name):
+        folder = shutil.copytree(lm_folder, root / name)
+        torch.manual_seed(0)
+        shaken(AutoModelForCausalLM.from_config(FAMILIES[name][0])).save_pretrained(folder)
+        return str(folder)
+
+    return made
+
+
+def other_trunk(folder, rank=4, **changes):
+    return lamo.build_trunk(cpu_config(lm=folder, lora_rank=rank, lora_alpha=12.0, **changes))[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_models_are_the_trunk_as_they_are(name, family):
+    trunk, theirs = (
+        other_trunk(family(name)).eval(),
+        AutoModelForCausalLM.from_pretrained(family(name)),
+    )
+    assert isinstance(trunk, CausalLM) and trunk.vocab_size == 300
+    tokens = torch.randint(300, (2, 40))
+    embeddings = theirs.get_input_embeddings()(tokens)
+    assert trunk.width == embeddings.shape[-1]
+    with torch.no_grad():
+        output = theirs.eval()(tokens, output_hidden_states=True)
+        hidden = trunk(embeddings)
+        torch.testing.assert_close(hidden, output.hidden_states[-1], atol=1e-5, rtol=1e-4)
+        expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        torch.testing.assert_close(trunk.language_loss(tokens), expected, atol=1e-5, rtol=1e-4)
+        later = embeddings.clone()
+        later[:, 20:] += 1
+        torch.testing.assert_close(trunk(later)[:, :20], hidden[:, :20], atol=1e-5, rtol=1e-4)
+        assert trunk(embeddings[:, :1]).shape == (2, 1, trunk.width)
+        longest = min(trunk.n_positions, 64)
+        assert trunk.language_loss(torch.randint(300, (1, longest))) > 0
+
+
+def plain_lora(theirs, trunk):
+    """Make a model of transformers compute LoRA by hooks, with copies of a trunk's A and B."""
+    copies = []
+    for name, layer in trunk.model.named_modules():
+        if isinstance(layer, LoRALinear):
+            A, B = (torch.nn.Parameter(part.detach()[0].clone()) for part in (layer.A, layer.B))
+            copies.append((layer, A, B))
+            theirs.get_submodule(name).register_forward_hook(
+                lambda _, x, y, A=A, B=B: y + 12.0 / 4 * (x[0] @ A.T @ B.T)
+            )
+    return copies
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_adapts_other_models_as_a_plain_loop_does(name, family):
+    trunk = other_trunk(family(name), lora_dropout=0.0).train()
+    theirs = AutoModelForCausalLM.from_pretrained(family(name)).train()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    theirs.config.attention_dropout = 0.0
+    trained = [p for p in trunk.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == 2 * FAMILIES[name][1]
+    torch.manual_seed(1)
+    for layer in trunk.modules():
+        if isinstance(layer, LoRALinear):
+            torch.nn.init.normal_(layer.B, std=0.1)
+    copies = plain_lora(theirs, trunk)
+    assert len(copies) in (2, 6)
+    x, tokens = torch.randn(2, 10, trunk.width), torch.randint(300, (2, 20))
+    loss = trunk(x).square().mean() + trunk.language_loss(tokens)
+    hidden = theirs.base_model(inputs_embeds=x).last_hidden_state
+    expected = hidden.square().mean() + theirs(tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+    ours = torch.optim.SGD(trained, 0.1)
+    plain = torch.optim.SGD([part for _, *parts in copies for part in parts], 0.1)
+    for optimizer, value in ((ours, loss), (plain, expected)):
+        value.backward()
+        optimizer.step()
+    for layer, A, B in copies:
+        assert layer.A.grad.abs().sum() > 0 and layer.B.grad.abs().sum() > 0
+        torch.testing.assert_close(layer.A[0], A, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(layer.B[0], B, atol=1e-4, rtol=1e-3)
+    with torch.no_grad():  # one product in evaluation
+        torch.testing.assert_close(trunk.eval()(x), trunk.train()(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "opt"])
+def test_other_models_keep_frozen_weights_in_bfloat16(name, family):
+    trunk, exact = other_trunk(family(name), bf16=True).eval(), other_trunk(family(name)).eval()
+    kinds = {(p.dtype, p.requires_grad) for p in trunk.parameters()}
+    assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
+    assert all(p.dtype == torch.float32 for p in exact.parameters())
+    x, tokens = torch.randn(2, 10, trunk.width), torch.randint(300, (2, 20))
+    with torch.no_grad():
+        difference = (trunk(x) - exact(x)).abs().mean() / exact(x).abs().mean()
+        assert 1e-4 < difference < 0.1
+        difference = trunk.language_loss(tokens) - exact.language_loss(tokens)
+        assert 0 < difference.abs() < 0.1
+    trunk.train()(x).float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in trunk.parameters() if p.requires_grad)
+
+
+def test_gpt2_is_the_same_both_ways_without_its_positions(lm_folder):
+    theirs = lamo.load_causal_lm(str(lm_folder))
+    ours, other = GPT2.from_pretrained(theirs).eval(), CausalLM(theirs).eval()
+    tokens = torch.randint(300, (2, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.language_loss(tokens), other.language_loss(tokens), atol=1e-5, rtol=1e-5
+        )
+        theirs.transformer.wpe.weight.zero_()  # the class GPT2 adds none to embeddings
+        x = torch.randn(2, 30, 32)
+        torch.testing.assert_close(ours(x), other(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2-relu"])
+def test_other_models_from_start_to_end(name, family, tmp_path):
+    out = tmp_path / "run"
+    lamo.main(f"{SHORT} --lm {family(name)} --out {out}".split())
+    policy, config, _ = lamo.load(out)
+    checkpoint = lamo.read_checkpoint(out)
+    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
+    assert frozen and not frozen & set(checkpoint["weights"])
+    assert not [key for key in checkpoint["weights"] if "lm_head" in key]
+    scores = read_scores(out)
+    assert scores["text_loss_before"] > 1 and scores["best"]["failed"] == 0
+    evaluation.main([str(out)])
+    weights = Path(family(name)) / "model.safetensors"
+    moved = shutil.copytree(family(name), tmp_path / "other")
+    tensors = load_file(weights)
+    key = sorted(tensors)[0]
+    save_file(tensors | {key: tensors[key] + 1}, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="is not the language model that the run was trained on"):
+        lamo.load(out, lm=str(moved))
 
 
 # ---------------------------------------------------------------------------- LaMo, beside an independent one
@@ -781,7 +975,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_held_out_loss_is_the_mean_over_its_blocks(lm_folder):
-    trunk = GPT2.from_pretrained(lm_folder, 0.5).eval()
+    trunk = gpt2_of(lm_folder, 0.5).eval()
     theirs = GPT2LMHeadModel.from_pretrained(lm_folder).eval()
     held_out = np.random.default_rng(0).integers(300, size=40 * 32 + 7).astype(np.uint16)
     for length, starts in (
@@ -2095,7 +2289,7 @@ def test_logits_equal_transformers_in_every_layout(layout, lm_folder, tmp_path):
     theirs = GPT2LMHeadModel.from_pretrained(folder).float().eval()
     tokens = torch.randint(theirs.config.vocab_size, (2, 64))
     with torch.no_grad():
-        ours = GPT2.from_pretrained(str(folder)).eval().logits(tokens)
+        ours = gpt2_of(str(folder)).eval().logits(tokens)
         torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
@@ -2260,11 +2454,20 @@ def bad(tmp_path_factory, lm_folder, trained):
         (folder / name).write_bytes(content)
 
     settings = {
-        "bert": {"model_type": "bert"}, "relu": {"activation_function": "relu"}, "wide": {"n_embd": 64},
-        "unscaled": {"scale_attn_weights": False}, "by-layer": {"scale_attn_by_inverse_layer_idx": True},
-        "untied": {"tie_word_embeddings": False}, "few-words": {"vocab_size": 100},
-        "inner": {"n_inner": 100},
+        "wide": {"n_embd": 64}, "untied": {"tie_word_embeddings": False}, "few-words": {"vocab_size": 100},
+        "remote": {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}},
+        "unknown": {"model_type": "mine"},
     }  # fmt: skip
+    small = {"vocab_size": 300, "max_position_embeddings": 64}
+    bert = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **small)
+    bart = BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, **small)
+    for name, model in (("bert", BertLMHeadModel(bert)), ("bart", BartForCausalLM(bart))):
+        shutil.copytree(lm_folder, folder / name)
+        model.config.is_encoder_decoder = name == "bart"
+        shaken(model).save_pretrained(folder / name)
+    shutil.copytree(lm_folder, folder / "state-space")
+    mamba = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=300)
+    MambaForCausalLM(mamba).save_pretrained(folder / "state-space")
     for name in (*settings, "cut-weights", "lacking-weights"):
         shutil.copytree(lm_folder, folder / name)
         config = json.loads((lm_folder / "config.json").read_text()) | settings.get(name, {})
@@ -2442,18 +2645,18 @@ BAD_OPTIONS = [
     ("--env none --data {bad}/test/multi-v0", "LaMo does vectors"),
     ("--env eval --data {bad}/test/good-v0", "no environment is recorded; name an environment"),
     ("--data no-such-name", "no-such-name"),
-    ("--lm {bad}/folder", "cannot find a GPT-2"),
-    ("--lm {bad}/no-json", "cannot find a GPT-2"),
+    ("--lm {bad}/folder", "cannot find a language model"),
+    ("--lm {bad}/no-json", "cannot find a language model"),
     ("--lm {bad}/no-tokenizer", "lacks weights|no file named"),
-    ("--lm {bad}/bert", "model_type bert"),
-    ("--lm {bad}/relu", "activation_function relu"),
-    ("--lm {bad}/unscaled", "scale_attn_weights False"),
-    ("--lm {bad}/by-layer", "inverse_layer_idx True"),
+    ("--lm {bad}/bert", "is a bert, whose tokens see later ones"),
+    ("--lm {bad}/state-space", "LoRA finds none of q_proj"),
+    ("--lm {bad}/bart", "bart has an encoder"),
+    ("--lm {bad}/remote", "custom code|trust_remote_code"),
+    ("--lm {bad}/unknown", "cannot find a language model"),
     ("--lm {bad}/wide", "cannot load --lm"),
     ("--lm {bad}/cut-weights", "is damaged, delete it"),
     ("--lm {bad}/lacking-weights", "h.1.mlp.c_fc.weight"),
-    ("--lm {bad}/untied", "tie_word_embeddings False"),
-    ("--lm {bad}/inner", "n_inner 100"),
+    ("--lm {bad}/untied", "lacks weights: lm_head"),
     ("--lm {bad}/few-words", "100 tokens"),
     ("--data=", "neither a folder nor an id"),
     ("--text {bad}/short.txt", "--text-block"),
@@ -2546,10 +2749,12 @@ KILLS = int(os.environ.get("LAMO_KILLS", 2))
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm_folder):
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, tmp_path, lm_folder, family):
     """LAMO_KILLS=100 python -m pytest -q -m slow -k killed: SIGKILL and SIGTERM at random moments, then --resume."""
     often = "import lamo; lamo.SAVE_EVERY, lamo.LOG_EVERY = 0.02, 3; lamo.run_command(lamo.main, 'lamo.py')"
-    options = f"{SHORT} --steps 30 --eval-every 10 --lm {lm_folder} --out run".split()
+    lm = lm_folder if name == "gpt2" else family(name)
+    options = f"{SHORT} --steps 30 --eval-every 10 --lm {lm} --out run".split()
 
     def start(folder, *arguments):
         folder.mkdir(exist_ok=True)

@@ -181,7 +181,7 @@ def test_catch_is_an_environment_of_gymnasium():
 def test_demo_model_equals_transformers_and_knows_english():
     folder = HERE / "demo" / "gpt2-tiny"
     theirs = GPT2LMHeadModel.from_pretrained(folder).float().eval()
-    ours = GPT2.from_pretrained("demo/gpt2-tiny").eval()
+    ours = GPT2.from_pretrained(lamo.load_causal_lm("demo/gpt2-tiny")).eval()
     sentence = "Return True if the object is a subclass of the given class, and False otherwise."
     tokens = torch.tensor(
         [Tokenizer.from_file(str(folder / "tokenizer.json")).encode(sentence).ids]
