@@ -1208,7 +1208,7 @@ def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
         T, states = len(episode.actions), seen(episode.observations)
         if T == 0:
             continue
-        if states.shape[1:] == shape[1:]:  # frames, of which several make a state
+        if len(shape) == 3 and states.shape[1:] == shape[1:]:  # frames; several make a state
             stack = shape[0]
         elif states.shape[1:] != shape:
             raise InputError(
