@@ -2204,7 +2204,7 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
     evaluation.main(["../my run"])
     for name in ("my lm", "my data", "my text.txt", "my run"):
         (tmp_path / name).rename(tmp_path / f"moved {name}")
-    with pytest.raises(InputError, match="cannot find a GPT-2"):
+    with pytest.raises(InputError, match="cannot find a language model"):
         evaluation.main(["../moved my run"])
     evaluation.main(["../moved my run", "--lm", "../moved my lm"])
     moved = [
@@ -2824,7 +2824,7 @@ def test_a_run_stopped_before_its_first_step_leaves_nothing(tmp_path):
 def test_a_process_that_is_not_the_first_removes_nothing(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("mine")
     monkeypatch.setattr(lamo, "rank_and_world", lambda: (1, 2))
-    with pytest.raises(InputError, match="cannot find a GPT-2 at no/such"):
+    with pytest.raises(InputError, match="cannot find a language model at no/such"):
         lamo.main(f"--demo --lm no/such --out {tmp_path}".split())
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -2933,7 +2933,10 @@ def test_the_camera_follows_the_robot(monkeypatch):
 @pytest.mark.parametrize(
     "named, words",
     [
-        ("--lm gpt2", "cannot find a GPT-2 at gpt2, in the cache or on the Hugging Face hub"),
+        (
+            "--lm gpt2",
+            "cannot find a language model at gpt2, in the cache or on the Hugging Face hub",
+        ),
         (
             "--data mujoco/hopper/medium-v0 --method dt",
             "of farama-minari/mujoco in the cache or on",
@@ -2942,7 +2945,7 @@ def test_the_camera_follows_the_robot(monkeypatch):
             "--text wikitext --lm {lm} --text-block 32 --demo --steps 1",
             "of Salesforce/wikitext in the cache or on",
         ),
-        ("--device cpu", "cannot find a GPT-2 at gpt2"),
+        ("--device cpu", "cannot find a language model at gpt2"),
     ],
 )
 def test_what_was_named_is_never_replaced(tmp_path, lm_folder, named, words):
