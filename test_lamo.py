@@ -722,6 +722,16 @@ def test_a_discrete_action_is_the_likeliest_one_hot(variant):
             assert acts[b].tolist() == [float(i == logits.argmax()) for i in range(4)]
 
 
+@pytest.mark.parametrize("embed", ["mlp", "linear"])
+def test_logits_have_no_bounds(embed):
+    model, batch = tiny_lamo(embed=embed, discrete=True).eval(), a_batch(discrete=True)
+    with torch.no_grad():
+        for layer in model.action_head.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.mul_(10)
+        assert model.predict(*(batch[name] for name in HISTORY)).abs().max() > 3
+
+
 def test_the_encoder_of_large_images_is_that_of_the_authors():
     shapes = [tuple(layer.weight.shape) for layer in lamo.ImageEncoder((4, 84, 84)).layers[::2][:3]]
     assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]
@@ -735,8 +745,10 @@ def test_steps_beyond_the_data_take_its_last_timestep():
     history = [batch[name] for name in HISTORY]
     late = [*history[:3], torch.full_like(history[3], 5000)]
     last = [*history[:3], torch.full_like(history[3], 30)]
+    before = [*history[:3], torch.full_like(history[3], 29)]
     with torch.no_grad():
         assert torch.equal(model.predict(*late), model.predict(*last))
+        assert not torch.equal(model.predict(*last), model.predict(*before))
 
 
 def smooth_dropout(x, p=0.5, training=True, inplace=False):
@@ -2024,6 +2036,16 @@ def test_success_is_that_of_any_step_and_has_a_column():
     assert [row["success"] for row in scores.values()] == [1, 0]
     title, high, low, _ = evaluation.format_scores(scores, (0, 10)).splitlines()
     assert title.endswith(" success") and high.endswith("100%  best") and low.endswith(" 0%")
+
+
+def test_a_success_counts_also_if_the_goal_is_left_again():
+    class Passer(Walker):
+        def act(self, returns_to_go, *window):
+            return torch.tensor([[0, 0, 1]]).expand(len(returns_to_go), 3)  # ahead, and past it
+
+    environments = Environments(evaluation.spec_of("test_lamo:Goals-v0"), 3)
+    returns, _, successes = evaluation.rollout(Passer(), environments, (1.0,), 4, 0)
+    assert (returns == 1).all() and (successes == 1).all()
 
 
 @pytest.mark.parametrize("name", ["Goals", "Pictures"])

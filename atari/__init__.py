@@ -80,12 +80,13 @@ class NoOpStarts(gym.Wrapper):
     """Does nothing for up to 30 steps before an episode, as many as the seed says (Mnih et al. 2015).
 
     Nothing else in these games is random: without it, all episodes of a policy would be the same.
+    These steps are the game's alone: they count towards no time limit, and no state shows them.
     """
 
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)
         for _ in range(np.random.default_rng(seed).integers(NO_OPS + 1)):
-            observation, *_, info = self.env.step(0)
+            observation, *_, info = self.unwrapped.step(0)
         return observation, info
 
 
@@ -93,8 +94,9 @@ def preprocess_env(env):
     """Return an environment with states of four frames; one without a game's pictures stays."""
     if not shows_pictures(env.observation_space):
         return env
+    env = NoOpStarts(env)
     env = gym.wrappers.TransformObservation(env, lambda picture: grey([picture])[0], FRAME)
-    return NoOpStarts(gym.wrappers.FrameStackObservation(env, STACK))
+    return gym.wrappers.FrameStackObservation(env, STACK)
 
 
 def preprocess_data(dataset):

@@ -78,7 +78,18 @@ def test_the_seed_says_how_long_a_game_waits():
     picture, _ = raw.reset(seed=0)
     for _ in range(waits):
         picture, *_ = raw.step(0)
-    assert waits > 0 and np.array_equal(states[0][-1], atari.grey([picture])[0])
+    assert waits > 0  # no state shows them: the first frame is repeated, as in the data
+    assert all(np.array_equal(frame, atari.grey([picture])[0]) for frame in states[0])
+
+
+def test_waiting_takes_nothing_from_the_time_limit():
+    spec = evaluation.spec_of("ale_py:ALE/Pong-v5")
+    spec.max_episode_steps = 5
+    env = evaluation.Environments(spec).make()
+    for seed in range(4):  # one of them waits longer than that
+        env.reset(seed=seed)
+        ends = [env.step(0)[3] for _ in range(5)]
+        assert ends == [False] * 4 + [True]
 
 
 @pytest.fixture
