@@ -500,7 +500,7 @@ class ImageEncoder(nn.Module):
 
     The channels are the shorter one of the outer axes. The layers are those of Mnih et al. (2015),
     as in the authors' Atari code. Images of fewer than 36 pixels a side have the one layer of
-    MinAtar (Young and Tian 2019), which loses no position.
+    MinAtar (Young and Tian 2019), which loses no position. Raises InputError if it does not fit.
     """
 
     def __init__(self, shape):
@@ -510,6 +510,10 @@ class ImageEncoder(nn.Module):
         sizes = [(32, 8, 4), (64, 4, 2), (64, 3, 1)]  # channels, kernel, stride
         if min(pixels) < 36:
             sizes = [(16, 3, 1)]
+        if min(pixels) < 3:
+            raise InputError(
+                f"images of shape {tuple(shape)} are too small; the least is 3 x 3 pixels"
+            )
         layers = []
         for channels, kernel, stride in sizes:
             layers += [nn.Conv2d(C, channels, kernel, stride), nn.ReLU()]
