@@ -426,12 +426,14 @@ LANGUAGE_MODELS = {  # shapes; only the first one belongs to the demo
 VOCABULARY, POSITIONS = 4096, 256
 
 
-def documents():
+def documents(places=("stdlib", "purelib", "platlib")):
     """English text of this Python installation: docstrings, and documentation files, without duplicates.
+
+    The places are names of sysconfig's paths.
 
     pydoc_data.topics is left out: it becomes text.txt, which lamo.py's demo trains and measures its language loss on.
     """
-    roots = sorted({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+    roots = sorted({sysconfig.get_path(name) for name in places})
     seen = set()
     for root in roots:
         for path in sorted(Path(root).rglob("*")):

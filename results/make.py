@@ -1,184 +1,258 @@
-"""Runs what compares the methods fairly on the demo's tasks, and keeps a row for each run in runs.csv.
+"""Run what compares the methods fairly on the demo's tasks; keep a row for each evaluation in runs.csv.
 
-    python results/make.py            # many hours on two CPU cores; goes on where it stopped, the first questions first
-    python -m results.report          # table.md and the pictures, of what has been run
+    python -m results.make            # days on two CPU cores; goes on where it stopped
+    python -m results.report          # tables and pictures of what has been run
 
-For each of QUESTIONS, its methods are tuned, then run. Tuning tries the settings of GRID on TUNING_TASKS with TUNING_SEED,
-which the tables do not use. A method has one setting for all tasks: the one with the highest score of the best target, as
-a mean over the tuning tasks. It then runs with each of SEEDS. All of this was written down here before the runs that it is
-about. A run that has a row is not run again. Two runs go on at a time, with one thread each.
+The protocol, written down before the runs that it is about:
+
+- A method has one setting for each domain. It is chosen on the domain's task in TUNED_ON, with seeds
+  100 and 101, which the tables do not use, by the score of the best target.
+- All methods choose from the same settings: learning rate 3e-4, 1e-3, 3e-3 or 1e-2, dropout 0 or
+  0.1. Each is tried with seed 100, the better half again with seed 101, and the best mean of the two
+  wins. If the lowest or highest rate wins, the next one is tried in the same way.
+- Then a method runs with each of SEEDS on all tasks of the domain. No run is left out.
+
+A run that has its rows is not run again. Two runs go on at a time, with one thread each.
 """
 
 import csv
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = [
-    "task",
-    "method",
-    "options",
-    "seed",
-    "best_target",
-    "best_return",
-    "best_score",
-    "mean_return",
-    "mean_score",
+COLUMNS = ["task", "method", "options", "seed", "step"]
+COLUMNS += ["best_target", "best_return", "best_score", "mean_return", "mean_score"]
+COLUMNS += ["train_loss", "held_out_loss", "text_loss_before", "text_loss_after"]
+COLUMNS += ["documents_loss_before", "documents_loss_after", "minutes", "commit"]
+
+LONGER = "--steps 10000 --eval-every 1000 --episodes 10"
+DOMAINS = {  # the options of each task
+    "locomotion": {
+        "hopper": "--env hopper",
+        "hopper 30%": "--env hopper --ratio 0.3",
+        "hopper 10%": "--env hopper --ratio 0.1",
+        "hopper 3%": "--env hopper --ratio 0.03",
+        "hopper 3%, longer": f"--env hopper --ratio 0.03 {LONGER}",
+        "hopper delayed": "--env hopper --delayed",
+        "halfcheetah": "--env halfcheetah",
+        "halfcheetah 10%": "--env halfcheetah --ratio 0.1",
+        "walker2d": "--env walker2d",
+        "walker2d 10%": "--env walker2d --ratio 0.1",
+    },
+    "kitchen": {
+        "kitchen-complete": "--env kitchen-complete",
+        "kitchen-mixed": "--env kitchen-mixed",
+        "kitchen-partial": "--env kitchen-partial",
+        "kitchen-partial 30%": "--env kitchen-partial --ratio 0.3",
+        "kitchen-partial 10%": "--env kitchen-partial --ratio 0.1",
+        "kitchen-partial 10%, longer": f"--env kitchen-partial --ratio 0.1 {LONGER}",
+        "kitchen-partial 3%": "--env kitchen-partial --ratio 0.03",
+    },
+    "reacher2d": {"reacher2d": "--env reacher2d"},
+}
+TUNED_ON = {"locomotion": "hopper 10%", "kitchen": "kitchen-partial", "reacher2d": "reacher2d"}
+TASKS = {task: options for tasks in DOMAINS.values() for task, options in tasks.items()}
+DOMAIN = {task: domain for domain, tasks in DOMAINS.items() for task in tasks}
+
+COMPARED = {
+    "lamo": "--method lamo --lora-rank 16",
+    "dt": "--method dt",
+    "wiki-rl": "--method wiki-rl",
+}
+VARIANTS = {  # of LaMo, each without one or more of its parts
+    "random trunk": f"{COMPARED['lamo']} --lm none --lang-coef 0",
+    "no language loss": f"{COMPARED['lamo']} --lang-coef 1e-9",  # as good as 0, but measured
+    "all trained": "--method lamo --lora-rank 0 --train-trunk",
+    "random trunk, all trained": "--method lamo --lm none --lang-coef 0 --lora-rank 0 --train-trunk",
+    "no LoRA": "--method lamo --lora-rank 0 --lang-coef 0",  # a frozen trunk keeps its language
+    "linear embedders": f"{COMPARED['lamo']} --embed linear",
+}
+METHODS = COMPARED | VARIANTS
+
+LAMO_AND_DT = ["lamo", "dt"]
+TRAINED = ["all trained", "random trunk, all trained"]
+LESS_KITCHEN = [
+    "kitchen-partial 10%",
+    "kitchen-partial 3%",
+    "kitchen-partial",
+    "kitchen-partial 30%",
 ]
-COLUMNS += ["text_loss_before", "text_loss_after", "commit"]
-TASKS = {
-    "hopper": "--env hopper",
-    "hopper 30%": "--env hopper --ratio 0.3",
-    "hopper 10%": "--env hopper --ratio 0.1",
-    "hopper 3%": "--env hopper --ratio 0.03",
-    "hopper delayed": "--env hopper --delayed",
-    "halfcheetah": "--env halfcheetah",
-    "halfcheetah 10%": "--env halfcheetah --ratio 0.1",
-    "walker2d": "--env walker2d",
-    "walker2d 10%": "--env walker2d --ratio 0.1",
-    "reacher2d": "--env reacher2d",
-    "kitchen-complete": "--env kitchen-complete",
-    "kitchen-mixed": "--env kitchen-mixed",
-    "kitchen-partial": "--env kitchen-partial",
-    "kitchen-partial 30%": "--env kitchen-partial --ratio 0.3",
-    "kitchen-partial 10%": "--env kitchen-partial --ratio 0.1",
-    "kitchen-partial 3%": "--env kitchen-partial --ratio 0.03",
-}
-COMPARED = {"lamo": "--method lamo", "dt": "--method dt", "wiki-rl": "--method wiki-rl"}
-VARIANTS = {  # of LaMo
-    "random trunk": "--lm none --lang-coef 0",
-    "no language loss": "--lang-coef 1e-9",  # as good as 0, but the loss on held-out text is measured
-    "all trained": "--lora-rank 0 --train-trunk",
-    "random trunk, all trained": "--lm none --lang-coef 0 --lora-rank 0 --train-trunk",
-    "no LoRA": "--lora-rank 0 --lang-coef 0",  # a frozen trunk keeps its language by itself
-    "linear embedders": "--embed linear",
-}
-LARGER = {"larger language model": "--lm demo/gpt2-mini"}
-METHODS = COMPARED | VARIANTS | LARGER
-# Questions in the order in which they are answered: the tasks, and the methods that run on each of them.
-QUESTIONS = [
-    (["hopper 10%", "reacher2d", "kitchen-partial"], COMPARED),
-    (["kitchen-partial", "hopper 10%"], VARIANTS),  # sparse rewards, little data
-    (["kitchen-mixed", "walker2d", "hopper delayed", "hopper", "halfcheetah"], COMPARED),
-    (["kitchen-partial", "hopper 10%"], LARGER),
-    (["walker2d"], VARIANTS),  # dense rewards
-    (["hopper 3%", "kitchen-complete", "walker2d 10%", "halfcheetah 10%"], COMPARED),
-    (["kitchen-partial 10%", "hopper 30%", "kitchen-partial 30%", "kitchen-partial 3%"], COMPARED),
-    (["walker2d"], LARGER),
+LESS_HOPPER = ["hopper 10%", "hopper 3%", "hopper", "hopper 30%"]
+OTHERS = ["walker2d", "halfcheetah", "kitchen-mixed", "kitchen-complete"]
+OTHERS += ["walker2d 10%", "halfcheetah 10%", "hopper delayed"]
+QUESTIONS = [  # in the order in which they are answered: tasks, and the methods that run on them
+    (LESS_KITCHEN, LAMO_AND_DT),
+    (["reacher2d", *LESS_HOPPER], LAMO_AND_DT),
+    (["kitchen-partial 10%, longer", "hopper 3%, longer"], LAMO_AND_DT + TRAINED),
+    (OTHERS, LAMO_AND_DT),
+    (["reacher2d", *LESS_KITCHEN, *LESS_HOPPER, *OTHERS], ["wiki-rl"]),
+    (["kitchen-partial", "hopper 10%", "walker2d"], VARIANTS),
 ]
 SEEDS = [0, 1, 2, 3, 4]
-TUNING_TASKS = ["hopper 10%", "kitchen-partial"]  # one with dense rewards, one with sparse ones
-TUNING_SEED = 100
-LEARNING_RATES = "1e-3", "3e-3", "1e-2"
-
-
-def grid(rates, others):
-    return [f"--lr {rate} {other}".strip() for rate, other in itertools.product(rates, others)]
-
-
-# Six settings for each method. A variant is one of LaMo with rank 64, which LaMo's tuning chose, and so has the three
-# learning rates at that rank to choose from.
-GRID = {
-    "lamo": grid(LEARNING_RATES, ("--lora-rank 16", "--lora-rank 64")),
-    "dt": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
-    "wiki-rl": grid(LEARNING_RATES, ("--dropout 0", "--dropout 0.1")),
-} | {
-    variant: grid(
-        LEARNING_RATES, [""] if "--lora-rank 0" in METHODS[variant] else ["--lora-rank 64"]
-    )
-    for variant in VARIANTS | LARGER
-}
+TUNING_SEEDS = [100, 101]
+RATES = ["3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]
+FIRST_RATES = 2, 6  # where the rates that all methods try begin and end
+DROPOUTS = ["0", "0.1"]
 
 
 def finished():
-    """The rows of runs.csv, as dicts by column, by job: task, method, options and seed."""
+    """Return the rows of runs.csv, dicts by column, in lists by job: task, method, options, seed."""
     path = HERE / "runs.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    return {(row["task"], row["method"], row["options"], int(row["seed"])): row for row in rows}
+    runs = {}
+    for row in csv.DictReader(path.open()) if path.exists() else []:
+        job = row["task"], row["method"], row["options"], int(row["seed"])
+        runs.setdefault(job, []).append(row)
+    return runs
+
+
+def setting(method, rate, dropout):
+    """Return the options of a setting; LoRA has the same dropout as the trunk."""
+    options = f"--lr {rate} --dropout {dropout}"
+    if "--lora-rank 16" in METHODS[method]:
+        options += f" --lora-dropout {dropout}"
+    return options
+
+
+def tune(method, domain, runs):
+    """Return the setting of a method for a domain, and the tuning runs that are missing.
+
+    The setting is None as long as any are missing.
+    """
+    task = TUNED_ON[domain]
+    start, end = FIRST_RATES
+    while True:
+        settings = {
+            setting(method, rate, dropout): rate
+            for rate in RATES[start:end]
+            for dropout in DROPOUTS
+        }
+
+        # All settings with the first seed
+        first, second = (
+            {options: (task, method, options, seed) for options in settings}
+            for seed in TUNING_SEEDS
+        )
+        missing = [job for job in first.values() if job not in runs]
+        if missing:
+            return None, missing
+        scores = {options: score(runs[job]) for options, job in first.items()}
+
+        # The better half with the second seed
+        better = sorted(scores, key=scores.get, reverse=True)[: len(scores) // 2]
+        missing = [second[options] for options in better if second[options] not in runs]
+        if missing:
+            return None, missing
+        means = {
+            options: (scores[options] + score(runs[second[options]])) / 2 for options in better
+        }
+        best = max(means, key=means.get)
+
+        # Beyond the edge, if it was the edge that won
+        if settings[best] == RATES[start] and start > 0:
+            start -= 1
+        elif settings[best] == RATES[end - 1] and end < len(RATES):
+            end += 1
+        else:
+            return best, []
+
+
+def score(rows):
+    """Return the best target's score at the end of a run."""
+    return float(rows[-1]["best_score"])
 
 
 def train(job):
-    """One run of lamo.py, and its row at the end of runs.csv."""
+    """Run lamo.py, and append a row for each of its evaluations to runs.csv."""
     task, method, options, seed = job
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = (
-            f"lamo.py --demo {TASKS[task]} {METHODS[method]} {options} --seed {seed} --out {out}"
-        )
-        threads = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = f"-m results.run --demo {TASKS[task]} {METHODS[method]} {options} --seed {seed}"
         done = subprocess.run(
-            [sys.executable, *command.split()],
+            [sys.executable, *command.split(), "--out", out],
             cwd=HERE.parent,
-            env=threads,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         if done.returncode:
-            return print(*job, "failed:", done.stderr.splitlines()[-1], flush=True)
-        scores = json.loads((out / "scores.json").read_text())
-        header = json.loads((out / "log.jsonl").read_text().splitlines()[0])
-    best, targets = scores["best"], scores["targets"].values()
-    row = dict(zip(COLUMNS, job)) | {
-        "best_target": best["target"], "best_return": best["return_mean"], "best_score": best["score"],
-        "mean_return": np.mean([row["return_mean"] for row in targets]),
-        "mean_score": np.mean([row["score"] for row in targets]),
-        "text_loss_before": scores["text_loss_before"], "text_loss_after": scores["text_loss_after"],
-        "commit": header["commit"],
-    }  # fmt: skip
-    new = not finished()
-    with (HERE / "runs.csv").open("a", newline="") as file:
+            raise RuntimeError(f"{command} failed: {done.stderr.splitlines()[-1]}")
+        rows = read_rows(out)
+    minutes = (time.monotonic() - started) / 60
+    write_rows([dict(zip(COLUMNS, job)) | row | {"minutes": minutes} for row in rows])
+    print(*job, f"{rows[-1]['best_return']:.2f}, {minutes:.1f} min", flush=True)
+
+
+def read_rows(out):
+    """Return what COLUMNS says about each evaluation in the folder of a run, as dicts."""
+    header, *lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    measured = {line["step"]: line for line in lines if "train_loss" in line}
+    rows = []
+    for line in lines:
+        if "evaluation" not in line:
+            continue
+        targets = line["evaluation"]
+        best = max(targets, key=lambda target: targets[target]["return_mean"])
+        now = measured[line["step"]]
+        rows.append({
+            "step": line["step"],
+            "best_target": best,
+            "best_return": targets[best]["return_mean"],
+            "best_score": targets[best]["score"],
+            "mean_return": np.mean([row["return_mean"] for row in targets.values()]),
+            "mean_score": np.mean([row["score"] for row in targets.values()]),
+            "train_loss": now["train_loss"],
+            "held_out_loss": now.get("held_out_loss"),
+            "documents_loss_before": measured[0].get("documents_loss"),
+            "documents_loss_after": now.get("documents_loss"),
+            "commit": header["commit"],
+        })  # fmt: skip
+    scores = json.loads((out / "scores.json").read_text())
+    rows[-1] |= {key: scores[key] for key in ("text_loss_before", "text_loss_after")}
+    return rows
+
+
+def write_rows(rows):
+    """Append rows to runs.csv."""
+    path = HERE / "runs.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
-        writer.writerow(
-            {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in row.items()
-            }
-        )
-    print(*job, f"{best['return_mean']:.2f}", flush=True)
+        for row in rows:
+            numbers = {key: f"{x:.6g}" for key, x in row.items() if isinstance(x, float)}
+            writer.writerow(row | numbers)
 
 
 def run(jobs):
-    """Those of the jobs that have no row yet, two at a time."""
-    done = finished()
+    """Run those of the jobs that have no rows yet, two at a time."""
+    runs = finished()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(train, [job for job in jobs if job not in done]))
-
-
-def tuned(method):
-    """The best setting of GRID for a method, after its tuning runs."""
-    run([(task, method, options, TUNING_SEED) for options in GRID[method] for task in TUNING_TASKS])
-    rows, failed = finished(), {"best_score": "-inf"}  # failed: printed by train
-    scores = {
-        options: [
-            float(rows.get((task, method, options, TUNING_SEED), failed)["best_score"])
-            for task in TUNING_TASKS
-        ]
-        for options in GRID[method]
-    }
-    return max(scores, key=lambda options: np.mean(scores[options]))
+        list(pool.map(train, [job for job in jobs if job not in runs]))
 
 
 def main():
-    if not (HERE.parent / "demo/gpt2-mini").exists():
-        sys.exit(
-            "the larger language model is missing; first make it, in hours: python demo/make.py --only gpt2-mini"
-        )
     for tasks, methods in QUESTIONS:
-        best = {method: tuned(method) for method in methods}
+        pairs = [(method, domain) for method in methods for domain in {DOMAIN[t]: 0 for t in tasks}]
+        while missing := [job for pair in pairs for job in tune(*pair, finished())[1]]:
+            run(missing)
+        best = {pair: tune(*pair, finished())[0] for pair in pairs}
         print(best, flush=True)
-        run(
-            [(task, *setting, seed) for task in tasks for seed in SEEDS for setting in best.items()]
-        )
+        run([
+            (task, method, best[method, DOMAIN[task]], seed)
+            for task in tasks
+            for seed in SEEDS
+            for method in methods
+        ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Run lamo.py, and measure more whenever it evaluates: what is learned by heart, what language is left.
+
+    python -m results.run --env hopper --ratio 0.1      # takes the options of lamo.py
+
+The log gets three more numbers. `train_loss` is the action loss on trajectories that the run trains
+on, `held_out_loss` on those that --ratio left out; both are without dropout. `documents_loss` is
+the language loss, in nats per token, on docstrings of Python's standard library: text like that of
+the pre-training, which the language loss never trains on. The run itself is that of lamo.py.
+"""
+
+import itertools
+
+import minari
+import numpy as np
+import torch
+
+import lamo
+from demo.make import documents
+
+DOCUMENTS = 1000  # docstrings
+WINDOWS = 128, 8  # windows in a batch, batches
+
+
+def split(dataset, ratio, seed):
+    """Return the episodes that lamo.py trains on and the others, as two MinariDatasets.
+
+    The second is None if there are no others.
+    """
+    shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
+    parts = np.split(shuffled, [int(ratio * len(shuffled) + 1e-9)])
+    return [minari.MinariDataset(dataset.storage, part) if len(part) else None for part in parts]
+
+
+@torch.no_grad()
+def action_loss(model, trajectories):
+    """Return a LaMo's action loss on windows of Trajectories, always the same ones."""
+    size, count = WINDOWS
+    torch.manual_seed(0)
+    batches = [trajectories.batch(size, model.context) for _ in range(count)]
+    return float(np.mean([model.action_loss(batch).item() for batch in batches]))
+
+
+def read_documents(lm, block):
+    """Return the Text of a thousand docstrings, in the tokens of a language model."""
+    tokenizer = lamo.from_transformers("AutoTokenizer", lm)
+    text = "\n".join(itertools.islice(documents(["stdlib"]), DOCUMENTS))
+    tokens = lamo.tokenize(text, tokenizer)
+    return lamo.Text(tokens, tokens, block)
+
+
+class Recorder(lamo.Recorder):
+    """A Recorder that measures the model before each evaluation, and at the start."""
+
+    def __init__(self, out, header, checkpoint=None):
+        super().__init__(out, header, checkpoint)
+        self.config = lamo.Config(**header["config"])
+        parts = split(lamo.load_dataset(self.config.data), self.config.ratio, self.config.seed)
+        self.trajectories = {
+            name: lamo.read_trajectories(part, 1.0, 0, self.config.delayed, self.config.device)
+            for name, part in zip(("train_loss", "held_out_loss"), parts)
+            if part
+        }
+        self.documents = None
+        if self.config.lm != "none":
+            self.documents = read_documents(self.config.lm, self.config.text_block)
+
+    def save(self, step, model, optimizer):
+        super().save(step, model, optimizer)
+        if step != self.config.steps and step % self.config.eval_every > 0:
+            return
+        model.eval()
+        losses = {name: action_loss(model, part) for name, part in self.trajectories.items()}
+        if self.documents:
+            losses["documents_loss"] = self.documents.held_out_loss(model.trunk)
+        model.train()
+        self.log({"step": step} | losses)
+
+
+def main(arguments):
+    """Train and evaluate as the command line says, with this Recorder."""
+    lamo.Recorder = Recorder
+    lamo.main(arguments)
+
+
+if __name__ == "__main__":
+    lamo.run_command(main, "results.run")
