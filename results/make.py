@@ -11,6 +11,7 @@ The protocol, written down before the runs that it is about:
   0.1. Each is tried with seed 100, the better half again with seed 101, and the best mean of the two
   wins. If the lowest or highest rate wins, the next one is tried in the same way.
 - Then a method runs with each of SEEDS on all tasks of the domain. No run is left out.
+- The methods of results/baselines.py have their published settings, and the first three seeds.
 
 A run that has its rows is not run again. Two runs go on at a time, with one thread each.
 """
@@ -76,6 +77,7 @@ VARIANTS = {  # of LaMo, each without one or more of its parts
     "linear embedders": f"{COMPARED['lamo']} --embed linear",
 }
 METHODS = COMPARED | VARIANTS
+BASELINES = ["bc", "best-bc", "td3-bc", "iql", "cql"]  # of results/baselines.py
 
 LAMO_AND_DT = ["lamo", "dt"]
 TRAINED = ["all trained", "random trunk, all trained"]
@@ -88,6 +90,7 @@ LESS_KITCHEN = [
 LESS_HOPPER = ["hopper 10%", "hopper 3%", "hopper", "hopper 30%"]
 OTHERS = ["walker2d", "halfcheetah", "kitchen-mixed", "kitchen-complete"]
 OTHERS += ["walker2d 10%", "halfcheetah 10%", "hopper delayed"]
+SIX = ["hopper", "hopper 10%", "walker2d", "halfcheetah", "kitchen-partial", "reacher2d"]
 QUESTIONS = [  # in the order in which they are answered: tasks, and the methods that run on them
     (LESS_KITCHEN, LAMO_AND_DT),
     (["reacher2d", *LESS_HOPPER], LAMO_AND_DT),
@@ -95,12 +98,17 @@ QUESTIONS = [  # in the order in which they are answered: tasks, and the methods
     (OTHERS, LAMO_AND_DT),
     (["reacher2d", *LESS_KITCHEN, *LESS_HOPPER, *OTHERS], ["wiki-rl"]),
     (["kitchen-partial", "hopper 10%", "walker2d"], VARIANTS),
+    (SIX, BASELINES),
 ]
 SEEDS = [0, 1, 2, 3, 4]
 TUNING_SEEDS = [100, 101]
 RATES = ["3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]
 FIRST_RATES = 2, 6  # where the rates that all methods try begin and end
 DROPOUTS = ["0", "0.1"]
+
+
+def seeds_of(method):
+    return SEEDS[:3] if method in BASELINES else SEEDS
 
 
 def finished():
@@ -124,8 +132,10 @@ def setting(method, rate, dropout):
 def tune(method, domain, runs):
     """Return the setting of a method for a domain, and the tuning runs that are missing.
 
-    The setting is None as long as any are missing.
+    The setting is None as long as any are missing. That of a baseline is its published one.
     """
+    if method in BASELINES:
+        return "", []
     task = TUNED_ON[domain]
     start, end = FIRST_RATES
     while True:
@@ -175,7 +185,10 @@ def train(job):
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = f"-m results.run --demo {TASKS[task]} {METHODS[method]} {options} --seed {seed}"
+        program = (
+            f"baselines {method}" if method in BASELINES else f"run {METHODS[method]} {options}"
+        )
+        command = f"-m results.{program} --demo {TASKS[task]} --seed {seed}"
         done = subprocess.run(
             [sys.executable, *command.split(), "--out", out],
             cwd=HERE.parent,
@@ -195,13 +208,14 @@ def read_rows(out):
     """Return what COLUMNS says about each evaluation in the folder of a run, as dicts."""
     header, *lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     measured = {line["step"]: line for line in lines if "train_loss" in line}
+    start = measured.get(0, {})
     rows = []
     for line in lines:
         if "evaluation" not in line:
             continue
         targets = line["evaluation"]
         best = max(targets, key=lambda target: targets[target]["return_mean"])
-        now = measured[line["step"]]
+        now = measured.get(line["step"], {})
         rows.append({
             "step": line["step"],
             "best_target": best,
@@ -209,14 +223,15 @@ def read_rows(out):
             "best_score": targets[best]["score"],
             "mean_return": np.mean([row["return_mean"] for row in targets.values()]),
             "mean_score": np.mean([row["score"] for row in targets.values()]),
-            "train_loss": now["train_loss"],
+            "train_loss": now.get("train_loss"),
             "held_out_loss": now.get("held_out_loss"),
-            "documents_loss_before": measured[0].get("documents_loss"),
+            "documents_loss_before": start.get("documents_loss"),
             "documents_loss_after": now.get("documents_loss"),
             "commit": header["commit"],
         })  # fmt: skip
-    scores = json.loads((out / "scores.json").read_text())
-    rows[-1] |= {key: scores[key] for key in ("text_loss_before", "text_loss_after")}
+    if (out / "scores.json").exists():
+        scores = json.loads((out / "scores.json").read_text())
+        rows[-1] |= {key: scores[key] for key in ("text_loss_before", "text_loss_after")}
     return rows
 
 
@@ -252,6 +267,7 @@ def main():
             for task in tasks
             for seed in SEEDS
             for method in methods
+            if seed in seeds_of(method)
         ])  # fmt: skip
 
 

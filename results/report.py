@@ -1,95 +1,126 @@
-"""Tables and pictures of what runs.csv has: table.md, and a picture for each of COMPARISONS.
+"""Write tables and draw pictures of what runs.csv has: table.md, and a picture for each comparison.
 
     python -m results.report
 
-They cover each task on which every method of a comparison has run with every seed.
+A comparison shows the tasks and methods that have run with every seed. The tables have all of their
+seeds, and each method's chosen setting.
 """
 
 import functools
 import math
-from collections import defaultdict
 from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results.make import COMPARED, HERE, LARGER, SEEDS, VARIANTS, finished
-from results.plot import STYLES, draw_interval, interval
+from results.make import BASELINES, COMPARED, DOMAIN, HERE, LESS_HOPPER, LESS_KITCHEN, OTHERS, SIX
+from results.make import TRAINED, VARIANTS, finished, seeds_of, tune
+from results.plot import STYLES, draw_curve, draw_interval, interval
 
-NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL"}
-MAIN = [
-    "hopper",
-    "hopper 10%",
-    "hopper delayed",
-    "halfcheetah",
-    "halfcheetah 10%",
-    "walker2d",
-    "walker2d 10%",
-]
-MAIN += ["reacher2d", "kitchen-complete", "kitchen-mixed", "kitchen-partial"]
-SHARES = [
-    task
-    for name in ("hopper", "kitchen-partial")
-    for task in (name, f"{name} 30%", f"{name} 10%", f"{name} 3%")
-]
-COMPARISONS = {  # methods and tasks, by picture
-    "methods.png": ([*COMPARED], MAIN),
-    "parts.png": (["lamo", *VARIANTS], MAIN),
-    "data.png": ([*COMPARED], SHARES),
-    "larger.png": (["lamo", *LARGER], MAIN),
+NAMES = {
+    "lamo": "LaMo",
+    "dt": "DT",
+    "wiki-rl": "Wiki-RL",
+    "bc": "BC",
+    "best-bc": "BC, best tenth",
+    "td3-bc": "TD3+BC",
+    "iql": "IQL",
+    "cql": "CQL",
 }
+MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHERS]
+COMPARISONS = {  # tasks and methods, by name; the first method is the one that others differ from
+    "methods": (MAIN, [*COMPARED]),
+    "data": ([*LESS_HOPPER, *LESS_KITCHEN], [*COMPARED]),
+    "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
+    "baselines": (SIX, ["lamo", "dt", *BASELINES]),
+}
+LONGER = ["hopper 3%, longer", "kitchen-partial 10%, longer"], ["lamo", "dt", *TRAINED]
 
 
 def read_table():
-    """Rows of runs.csv that are not tuning, by task and method, in the order of SEEDS; only where all of them have run."""
-    groups = defaultdict(dict)
-    for (task, method, _, seed), row in finished().items():
-        groups[task, method][seed] = row
-    return {
-        key: [rows[seed] for seed in SEEDS]
-        for key, rows in groups.items()
-        if rows.keys() >= set(SEEDS)
-    }
+    """Return the runs of each (task, method) that has run with all seeds, in the order of seeds.
+
+    A run is a list of its rows, one for each evaluation.
+    """
+    runs, table = finished(), {}
+    for task, domain in DOMAIN.items():
+        for method in NAMES | VARIANTS:
+            options, _ = tune(method, domain, runs)
+            jobs = [(task, method, options, seed) for seed in seeds_of(method)]
+            if all(job in runs for job in jobs):
+                table[task, method] = [runs[job] for job in jobs]
+    return table
 
 
-def column(rows, name):
-    return np.array([float(row[name]) for row in rows])
+def complete(table, tasks, methods):
+    """Return the methods that have run on any of the tasks, and the tasks on which all these have."""
+    methods = [method for method in methods if any((task, method) in table for task in tasks)]
+    return [task for task in tasks if all((task, method) in table for method in methods)], methods
+
+
+def column(runs, name):
+    """Return a column of runs.csv at the end of several runs, as an array."""
+    return np.array([float(rows[-1][name]) for rows in runs])
+
+
+def name_of(method):
+    return NAMES.get(method, method)
 
 
 def write_table(table, tasks, methods):
-    """Lines of a Markdown table: for each task and method the best target's return, mean and spread over the seeds.
+    """Return the lines of a Markdown table: the best target's return, mean and spread over seeds.
 
-    Below, the scores of all tasks, and how much they differ from the first method's with the same seed.
+    Below are the scores over all tasks, how much they differ from the first method's with the same
+    seed, and how large a difference the seeds could have shown: half of the interval's width.
     """
     lines = [
-        "| | " + " | ".join(NAMES.get(method, method) for method in methods) + " |",
+        f"| | {' | '.join(map(name_of, methods))} |",
         "|---" * (len(methods) + 1) + "|",
     ]
     for task in tasks:
         cells = []
         for method in methods:
-            returns, over_targets = (
-                column(table[task, method], name) for name in ("best_return", "mean_return")
-            )
+            returns = column(table[task, method], "best_return")
+            over_targets = column(table[task, method], "mean_return").mean()
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
-            cells.append(
-                f"{returns.mean():.{digits}f} ± {returns.std(ddof=1):.{digits}f} ({over_targets.mean():.{digits}f})"
-            )
+            spread = f"{returns.mean():.{digits}f} ± {returns.std(ddof=1):.{digits}f}"
+            cells.append(f"{spread} ({over_targets:.{digits}f})")
         lines.append(f"| {task} | {' | '.join(cells)} |")
+
     scores = [[column(table[task, method], "best_score") for task in tasks] for method in methods]
-    differences = [np.subtract(others, scores[0]) for others in scores[1:]]
-    mean = functools.partial(np.mean, axis=-1)
     cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval(group)) for group in scores]
     lines.append(f"| score, interquartile mean and 95 % interval | {' | '.join(cells)} |")
-    cells = ["{:+.1f} ({:.1f} to {:.1f})".format(*interval(group, mean)) for group in differences]
-    lines.append(
-        f"| mean difference from {NAMES[methods[0]]}, seed by seed | | {' | '.join(cells)} |"
-    )
+
+    differences, visible = [], []
+    for others in scores[1:]:
+        pairs = [theirs - ours[: len(theirs)] for ours, theirs in zip(scores[0], others)]
+        middle, low, high = interval(pairs, functools.partial(np.mean, axis=-1))
+        differences.append(f"{middle:+.1f} ({low:.1f} to {high:.1f})")
+        visible.append(f"{(high - low) / 2:.1f}")
+    first = f"| mean difference from {name_of(methods[0])}, seed by seed | "
+    lines.append(f"{first} | {' | '.join(differences)} |")
+    lines.append(f"| difference that these seeds could show | | {' | '.join(visible)} |")
     return lines
 
 
+def write_settings(table):
+    """Return the lines of a Markdown table of the settings that were chosen."""
+    chosen = {}
+    for (task, method), runs in table.items():
+        if runs[0][0]["options"]:
+            chosen[method, DOMAIN[task]] = runs[0][0]["options"].replace("--", "")
+    lines = ["| method | domain | setting |", "|---|---|---|"]
+    return lines + [
+        f"| {name_of(method)} | {domain} | {options} |"
+        for (method, domain), options in sorted(chosen.items())
+    ]
+
+
 def draw(table, tasks, methods, path):
-    """A panel for all tasks and one for each, a row for each method; dots are seeds, the first method is shaded."""
+    """Draw a panel for all tasks and one for each, with a row for each method.
+
+    Dots are seeds. The interval of the first method is shaded.
+    """
     groups = [tasks, *([task] for task in tasks)]
     columns = min(3 if len(groups) % 4 == 1 else 4, len(groups))  # no line of a single panel
     lines = math.ceil(len(groups) / columns)
@@ -103,35 +134,55 @@ def draw(table, tasks, methods, path):
             if row == 0:
                 axes.axvspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
             if len(group) == 1:
-                axes.plot(
-                    scores[0],
-                    np.full(len(scores[0]), -row - 0.25),
-                    ".",
-                    color=style["color"],
-                    markersize=3,
-                )
+                height = np.full(len(scores[0]), -row - 0.25)
+                axes.plot(scores[0], height, ".", color=style["color"], markersize=3)
         axes.set_title(group[0] if len(group) == 1 else "all of these", fontsize="medium")
     for axes in panels.flat[len(groups) - columns : len(groups)]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
     for axes in panels.flat[len(groups) :]:
         axes.set_visible(False)
-    panels[0, 0].set_yticks(
-        [-row for row in range(len(methods))], [NAMES.get(method, method) for method in methods]
-    )
-    panels[0, 0].set(
-        xlim=(min(0, panels[0, 0].get_xlim()[0]), None), ylim=(-len(methods) + 0.4, 0.6)
-    )
+    panels[0, 0].set_yticks([-row for row in range(len(methods))], map(name_of, methods))
+    left = min(0, panels[0, 0].get_xlim()[0])
+    panels[0, 0].set(xlim=(left, None), ylim=(0.4 - len(methods), 0.6))
     figure.supxlabel("score of the best target", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def draw_longer(table, tasks, methods, path):
+    """Draw how the score and the action loss, on held-out trajectories and not, go on with training."""
+    columns = {
+        "best_score": "score of the best target",
+        "held_out_loss": "action loss, held out",
+        "train_loss": "action loss, trained on",
+    }
+    size = 3.6 * len(columns), 2.8 * len(tasks)
+    figure, panels = plt.subplots(
+        len(tasks), len(columns), figsize=size, squeeze=False, layout="constrained"
+    )
+    for task, line in zip(tasks, panels):
+        for (name, title), axes in zip(columns.items(), line):
+            for method, style in zip(methods, STYLES):
+                runs = table[task, method]
+                curves = [{int(row["step"]): float(row[name]) for row in rows} for rows in runs]
+                draw_curve(axes, curves, style | {"label": name_of(method)})
+            axes.set(title=f"{task.split(',')[0]}: {title}", xlabel="training steps")
+            if name != "best_score":
+                axes.set_yscale("log")
+    panels[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
 def main():
     table = read_table()
-    lines = []
-    for picture, (methods, tasks) in COMPARISONS.items():
-        tasks = [task for task in tasks if all((task, method) in table for method in methods)]
-        lines += [*write_table(table, tasks, methods), ""]
-        draw(table, tasks, methods, HERE / picture)
+    lines = [*write_settings(table), ""]
+    for name, comparison in COMPARISONS.items():
+        tasks, methods = complete(table, *comparison)
+        if tasks and len(methods) > 1:
+            lines += [*write_table(table, tasks, methods), ""]
+            draw(table, tasks, methods, HERE / f"{name}.png")
+    tasks, methods = complete(table, *LONGER)
+    if tasks:
+        draw_longer(table, tasks, methods, HERE / "longer.png")
     (HERE / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
