@@ -13,8 +13,21 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results.make import BASELINES, COMPARED, DOMAIN, HERE, LESS_HOPPER, LESS_KITCHEN, OTHERS, SIX
-from results.make import TRAINED, VARIANTS, finished, seeds_of, tune
+from results.make import (
+    BASELINES,
+    COMPARED,
+    DOMAIN,
+    HERE,
+    LESS_HOPPER,
+    LESS_KITCHEN,
+    OTHERS,
+    SIX,
+    TRAINED,
+    VARIANTS,
+    finished,
+    seeds_of,
+    tune,
+)
 from results.plot import STYLES, draw_curve, draw_interval, interval
 
 NAMES = {
