@@ -1,12 +1,16 @@
 """Tests of the comparison: its tables against its runs, plots and timings."""
 
 import csv
+import itertools
 import json
+import math
 import random
 import re
 import statistics
+from collections import defaultdict
 from dataclasses import asdict
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,37 +18,61 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2LMHeadModel
 
 import lamo
 from lamo import GPT2, Config
-from results import plot, timing
+from results import baselines, make, plot, run, timing
 from test_lamo import HERE, SHORT, isolated, lm_folder, read_log, trained
 
 
-def test_tables_and_figures_are_those_of_the_runs():
-    rows = [
-        row
-        for row in csv.DictReader((HERE / "results" / "runs.csv").open())
-        if row["seed"] != "100"
-    ]
-    tables = (HERE / "results" / "table.md").read_text()
-    answers = " ".join(
-        (HERE / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0].split()
-    )
-    figures = re.findall(r"[-+]?\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)|[\d.]+ ± [\d.]+\d", answers)
-    assert len(figures) > 4 and all(figure in tables for figure in figures)
-    for table in tables.strip().split("\n\n"):
-        assert f"\n\n{table}\n" in (HERE / "results" / "README.md").read_text()
-        header, _, *lines, _, differences = (
-            [cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")
-        )
-        methods, scores = [name.lower() for name in header[1:]], {}
-        for task, *cells in lines:
+NAMES = {"lamo": "lamo", "dt": "dt", "wiki-rl": "wiki-rl", "bc, best tenth": "best-bc", "td3+bc": "td3-bc"}
+
+
+def read_rows(folder):
+    """The last row of each run of a comparison."""
+    rows = csv.DictReader((HERE / "results" / folder / "runs.csv").open())
+    return list({(r["task"], r["method"], r["options"], r["seed"]): r for r in rows}.values())
+
+
+def checkpoint_weights(folder):
+    weights = lamo.read_checkpoint(folder)["weights"]
+    return {name: weight.tolist() for name, weight in weights.items()}
+
+
+def read_tables(folder):
+    """The tables of returns in the page of a comparison, as lists of cells by line."""
+    text = (HERE / "results" / folder / "README.md").read_text()
+    tables = re.findall(r"(?m)^\| \|.*(?:\n\|.*)+", text)
+    cells = [[line.split("|")[1:-1] for line in table.split("\n")] for table in tables]
+    return [[[cell.strip() for cell in line] for line in table] for table in cells]
+
+
+def read_settings():
+    """The chosen options of each method and domain, as the page says."""
+    text = (HERE / "results" / "README.md").read_text()
+    table = re.findall(r"(?m)^\| ([^|]+) \| (\w+) \| (lr [^|]+) \|$", text)
+    return {(method.lower(), domain): options for method, domain, options in table}
+
+
+@pytest.mark.parametrize("folder", ["", "first"])
+def test_tables_are_those_of_the_runs(folder):
+    rows, settings = read_rows(folder), {} if folder else read_settings()
+    tables = read_tables(folder)
+    assert tables
+    for header, _, *lines in tables:
+        methods = [NAMES.get(name.lower(), name.lower()) for name in header[1:]]
+        tasks = [line for line in lines if " ± " in line[1]]
+        scores = {}
+        for task, *cells in tasks:
             for method, cell in zip(methods, cells, strict=True):
-                chosen = [
-                    row for row in rows if (row["task"], row["method"].lower()) == (task, method)
-                ]
-                assert sorted(row["seed"] for row in chosen) == list("01234")
+                chosen = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+                chosen = [row for row in chosen if int(row["seed"]) < 100]
+                options = settings.get((method, make.DOMAIN[task]))
+                if options:
+                    chosen = [row for row in chosen if row["options"].replace("--", "") == options]
+                assert sorted(row["seed"] for row in chosen) == list("01234")[: len(chosen)]
+                assert len(chosen) == (3 if method in make.BASELINES else 5)
                 assert len({row["options"] for row in chosen}) == 1
                 returns = [float(row["best_return"]) for row in chosen]
                 printed = cell.split(" (")[0].split(" ± ")
@@ -54,6 +82,7 @@ def test_tables_and_figures_are_those_of_the_runs():
                     expected, rel=0, abs=0.51 * 10**-digits
                 )
                 scores |= {(task, method, row["seed"]): float(row["best_score"]) for row in chosen}
+        differences = next(line for line in lines if line[0].startswith("mean difference"))
         for method, cell in zip(methods[1:], differences[2:], strict=True):
             pairs = [
                 score - scores[task, methods[0], seed]
@@ -61,6 +90,136 @@ def test_tables_and_figures_are_those_of_the_runs():
                 if other == method
             ]
             assert float(cell.split()[0]) == pytest.approx(statistics.mean(pairs), abs=0.051)
+
+
+def test_settings_are_those_that_tuning_found_best():
+    rows, settings = read_rows(""), read_settings()
+    assert settings
+    for (method, domain), options in settings.items():
+        scores = defaultdict(dict)  # by options and seed
+        for row in rows:
+            tuned_on = make.TUNED_ON[domain]
+            if (row["task"], row["method"]) == (tuned_on, method) and int(row["seed"]) >= 100:
+                scores[row["options"].replace("--", "")][row["seed"]] = float(row["best_score"])
+        rates = {float(name.split()[1]) for name in scores}
+        assert rates >= {3e-4, 1e-3, 3e-3, 1e-2} and len(scores) == 2 * len(rates)
+        twice = {name: sum(pair.values()) for name, pair in scores.items() if len(pair) == 2}
+        assert max(twice, key=twice.get) == options and len(twice) >= len(rates)
+        assert min(rates) < float(options.split()[1]) < max(rates)
+        least = min(scores[name]["100"] for name in twice)
+        assert all(pair["100"] <= least for name, pair in scores.items() if name not in twice)
+
+
+def test_tuning_tries_more_where_the_edge_wins():
+    def run_all(best_rate, best_dropout):
+        """Tune on made-up scores, as make.main does; return the setting and the rates tried."""
+        runs = {}
+        while True:
+            options, missing = make.tune("dt", "kitchen", runs)
+            if not missing:
+                return options, sorted({float(job[2].split()[1]) for job in runs})
+            for job in missing:
+                assert job[0] == "kitchen-partial" and job[3] in (100, 101) and job not in runs
+                _, rate, _, dropout = job[2].split()
+                far = abs(math.log10(float(rate) / best_rate)) + abs(float(dropout) - best_dropout)
+                runs[job] = [{"best_score": -far + 0.01 * (job[3] == 101)}]
+
+    grid = [3e-4, 1e-3, 3e-3, 1e-2]
+    assert run_all(1e-3, 0.1) == ("--lr 1e-3 --dropout 0.1", grid)
+    assert run_all(1e-2, 0.0) == ("--lr 1e-2 --dropout 0", [*grid, 3e-2])
+    assert run_all(3e-2, 0.0) == ("--lr 3e-2 --dropout 0", [*grid, 3e-2, 1e-1])
+    assert run_all(1e-4, 0.1) == ("--lr 1e-4 --dropout 0.1", [3e-5, 1e-4, *grid])
+
+
+def test_figures_of_the_readme_are_in_the_tables():
+    answers = (HERE / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0]
+    figures = re.findall(r"[-+]?\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)|[\d.]+ ± [\d.]+\d", answers)
+    pages = [(HERE / "results" / page).read_text() for page in ("README.md", "first/README.md")]
+    assert len(figures) > 4 and all(figure in " ".join(pages) for figure in figures)
+
+
+@pytest.mark.slow
+def test_run_trains_as_lamo_does_and_measures_more(lm_folder, tmp_path, monkeypatch):
+    arguments = f"{SHORT} --eval-every 2 --lm {lm_folder} --out".split()
+    lamo.main([*arguments, str(tmp_path / "plain")])
+    monkeypatch.setattr(lamo, "Recorder", lamo.Recorder)  # main replaces it
+    run.main([*arguments, str(tmp_path / "measured")])
+    assert checkpoint_weights(tmp_path / "plain") == checkpoint_weights(tmp_path / "measured")
+
+    measured = [line for line in read_log(tmp_path / "measured") if "train_loss" in line]
+    assert [line["step"] for line in measured] == [0, 2, 4]
+    model, config, _ = lamo.load(tmp_path / "measured")
+    dataset = lamo.load_dataset(config.data)
+    ours = lamo.read_trajectories(dataset, config.ratio, config.seed)
+    everything = {episode.id: episode for episode in dataset}
+    is_chosen = {  # by the first state, which no two episodes share
+        number: (ours.states == torch.from_numpy(episode.observations[0])).all(dim=1).any().item()
+        for number, episode in everything.items()
+    }
+    chosen, others = run.split(dataset, config.ratio, config.seed)
+    assert 0 < len(chosen.episode_indices) < len(everything)
+    assert all(is_chosen[number] for number in chosen.episode_indices)
+    assert not any(is_chosen[number] for number in others.episode_indices)
+
+    # The loss on one long window of each held-out trajectory, acted out step by step, is alike.
+    errors = []
+    for episode in itertools.islice(others, 5):
+        returns_to_go = episode.rewards[::-1].cumsum()[::-1].copy()
+        for start in range(0, len(episode.actions) - model.context, model.context):
+            steps = slice(start, start + model.context)
+            window = [returns_to_go[steps], episode.observations[steps], episode.actions[steps]]
+            window.append(np.arange(start, start + model.context))
+            with torch.no_grad():
+                predicted = model.predict(*(torch.as_tensor(part)[None] for part in window))
+            errors.append((predicted[0] - torch.from_numpy(window[2])).square().mean().item())
+    assert np.mean(errors) == pytest.approx(measured[-1]["held_out_loss"], rel=0.3)
+
+    theirs = GPT2LMHeadModel.from_pretrained(lm_folder)
+    tokens = run.read_documents(lm_folder, config.text_block).tokens.astype(np.int64)
+    crops = np.linspace(0, len(tokens) - config.text_block, 32).astype(int)
+    crops = torch.stack([torch.from_numpy(tokens[i : i + config.text_block]) for i in crops])
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=crops, labels=crops).loss.item()
+    assert measured[0]["documents_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["best-bc", "iql"])
+def test_baselines_see_the_same_trajectories_and_episodes(name, tmp_path, monkeypatch):
+    pytest.importorskip("d3rlpy", reason="needs results/requirements.txt")
+    made = []
+    monkeypatch.setattr(baselines, "STEPS", 4)
+    monkeypatch.setattr(baselines, "EVALUATE_EVERY", 2)
+    policy = baselines.Policy
+    monkeypatch.setattr(baselines, "Policy", lambda it: made.append(policy(it)) or made[-1])
+    out = tmp_path / "out"
+    baselines.main([name, *f"{SHORT} --seed 3 --episodes 2 --out {out}".split()])
+    first, second = (line for line in read_log(out) if "evaluation" in line)
+    assert (first["step"], second["step"]) == (2, 4)
+
+    # One environment at a time, and d3rlpy's own prediction
+    env, returns = gym.make("Hopper-v5"), []
+    for seed in (30_000, 30_001):
+        (state, _), total, ended = env.reset(seed=seed), 0, False
+        while not ended:
+            action = made[-1].algorithm.predict(state[None].astype(np.float32))[0]
+            state, reward, terminated, truncated, _ = env.step(action)
+            total, ended = total + reward, terminated or truncated
+        returns.append(total)
+    [row] = second["evaluation"].values()
+    assert row["return_mean"] == pytest.approx(np.mean(returns), rel=1e-3)
+
+    trajectories = lamo.read_trajectories(lamo.load_dataset("demo/lamo/hopper/demo-v0"), 0.1, 3)
+    episodes = baselines.to_episodes(trajectories)
+    assert [episode.compute_return() for episode in episodes] == pytest.approx(
+        trajectories.returns, rel=1e-5
+    )
+    assert [len(episode) for episode in episodes] == list(trajectories.lengths)
+    best = baselines.to_episodes(trajectories, best=0.1)
+    assert sorted(episode.compute_return() for episode in best) == pytest.approx(
+        sorted(trajectories.returns)[-len(best) :], rel=1e-5
+    )
+    assert len(best) == round(0.1 * len(episodes))
 
 
 def test_intervals_are_those_of_a_plain_loop():
