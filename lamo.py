@@ -1280,13 +1280,13 @@ def evaluation_spec(dataset, env):
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
     if env == "eval" or not recorded:
         recorded = for_evaluation
-    elif for_evaluation not in (None, recorded):
-        print("the dataset has another environment for evaluations; to take it, add --env eval")
     if env not in (None, "eval", *TASKS):
         recorded = json.loads(recorded or "{}")
         for wrapper in recorded.get("additional_wrappers", ()):
             print(f"evaluating without the dataset's wrapper {wrapper['name']}")
         return spec_of(env)
+    if for_evaluation not in (None, recorded):
+        print("the dataset has another environment for evaluations; to take it, add --env eval")
     task = TASKS.get(env, OTHER_TASK)
     try:
         spec = spec_from_json(recorded)

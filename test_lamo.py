@@ -2118,7 +2118,8 @@ def test_the_environment_is_that_of_the_data_unless_the_user_wants_the_other(tmp
     folder = save_dataset("test/two-v0", env, play(env))
     other = gym.make("Hopper-v5", max_episode_steps=7).spec.to_json()
     change_metadata(folder, eval_env_spec=other)
-    for options, expected in ([], 50), (["--env", "eval"], 7):
+    named = ["--env", "Hopper-v5", "--max-steps", "9"]
+    for options, expected in ([], 50), (["--env", "eval"], 7), (named, 9):
         start(folder, tmp_path / str(expected), *options)
         printed = capsys.readouterr().out
         assert f"episodes of at most {expected} steps" in printed
