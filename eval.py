@@ -433,7 +433,7 @@ def main(arguments):
     add(
         "--seed",
         type=any_seed,
-        help="environment's seed of the first episode; default: 10,000 * --seed",
+        help="environment's seed of the first episode; default: 10,000 times the run's seed",
     )
     add("--env", help="environment to evaluate in, a Gymnasium id; default: the run's")
     add("--lm", help="the language model, if it has moved")
@@ -453,7 +453,8 @@ def main(arguments):
     with lamo.on_error("cannot make the environment; name one with --env ID or --env module:ID"):
         if options.env:
             spec = spec_of(options.env)
-            spec.max_episode_steps = spec.max_episode_steps or policy.max_timesteps
+            limit = config.max_steps or spec.max_episode_steps
+            spec.max_episode_steps = limit or policy.max_timesteps
         else:
             spec = spec_from_json(header["env_spec"])
         environments = Environments(spec)

@@ -89,7 +89,7 @@ class Task:
     targets: list[float] | None  # returns to condition on in an evaluation
     return_scale: float | None  # returns are divided by it
     context: int  # K
-    reference: tuple[float, float]  # returns that score 0 and 100: D4RL's (Fu et al. 2020)
+    reference: tuple[float, float]  # returns that score 0 and 100, unless the data has its own
     settings: dict = field(default_factory=dict)  # what the task changes in the defaults of Config
 
 
@@ -157,7 +157,7 @@ AMOUNT = number(float, 0, 1e9)
 SHARE = number(float, 0, 1)
 
 
-GROUPS = {  # of options in --help, each by its first option
+GROUPS = {  # headings in --help, each by the option that it precedes
     "env": "data",
     "method": "model",
     "lang_coef": "text",
@@ -393,7 +393,10 @@ class GPT2(nn.Module):
             block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout)
 
     def forward(self, x):
-        """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before."""
+        """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before.
+
+        Adds no positions: text gets them in `logits`, trajectories in `LaMo.embed_window`.
+        """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.drop(x)
             for block in self.h:
@@ -415,7 +418,7 @@ class GPT2(nn.Module):
 class CausalLM(nn.Module):
     """Any other causal language model of transformers as a trunk: Llama, Qwen, Gemma, OPT, Pythia.
 
-    It has the methods of GPT2. What the model does to embeddings by itself stays on: positions,
+    It has what LaMo uses of GPT2. What the model does to embeddings by itself stays on: positions,
     learned or rotary, scaling, sliding windows. Its dropout is its own. Raises InputError if the
     model is not causal.
     """
@@ -446,7 +449,8 @@ class CausalLM(nn.Module):
         """
         self.requires_grad_(False)
         if self.bf16:
-            self.to(torch.bfloat16)
+            for parameter in self.parameters():  # not the buffers: rotary frequencies need float32
+                parameter.data = parameter.data.bfloat16()
         for parent in [*self.modules()]:
             for name, layer in [*parent.named_children()]:
                 if name in self.PROJECTIONS:
@@ -498,9 +502,9 @@ class Embedder(nn.Module):
 class ImageEncoder(nn.Module):
     """Convolutions over images. (..., H, W, C) or (..., C, H, W), uint8 -> (..., features)
 
-    The channels are the shorter one of the outer axes. The layers are those of Mnih et al. (2015),
+    The channels are the shorter of the first and the last axis. The layers are those of Mnih et al. (2015),
     as in the authors' Atari code. Images of fewer than 36 pixels a side have the one layer of
-    MinAtar (Young and Tian 2019), which loses no position. Raises InputError if it does not fit.
+    MinAtar (Young and Tian 2019), which loses no position. Raises InputError below 3 x 3.
     """
 
     def __init__(self, shape):
@@ -605,6 +609,7 @@ class LaMo(nn.Module):
             self.embed_action(self.scale_actions(actions)),
         ]
         tokens = torch.stack(tokens, dim=2)  # (B, K, 3, D)
+        # After the LayerNorm, as in the authors' code; the Decision Transformer adds it before.
         timesteps = timesteps.clamp(max=self.max_timesteps - 1)  # later ones are not in the data
         tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps).unsqueeze(2)
         return tokens.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
@@ -717,7 +722,7 @@ class Trajectories:
         }
 
     def states_at(self, steps):
-        """Return the states of steps (B, K): the last `stack` observations, on an axis of theirs.
+        """Return the states of steps (B, K): the last `stack` observations, on an axis of their own.
 
         Before the first observation of a trajectory, that one is repeated. A stack of one has no
         such axis.
@@ -806,6 +811,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
     with StopSignals(out) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
+        # A round logs, saves and evaluates what `step` steps led to, and takes the next one.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
             stopping = in_any_process(signals.received)
@@ -908,7 +914,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self):
-        """Let a signal end the run at once, also one that has come already."""
+        """Let a signal end the run at once, also one that has already come."""
         if self.received:
             self.stop()
         self.waits = False
@@ -1508,7 +1514,7 @@ def prepare(config, title):
 
 
 def episode_limit(config, spec, trajectories):
-    """Return the most steps of an episode in evaluations: the user's, else the environment's.
+    """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
     Where the environment has no limit, or one far beyond the data, whose longest trajectory was cut
     off and not terminated, that trajectory sets the limit.

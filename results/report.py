@@ -22,6 +22,7 @@ from results.make import (
     LESS_KITCHEN,
     OTHERS,
     SIX,
+    TASKS,
     TRAINED,
     VARIANTS,
     finished,
@@ -66,8 +67,9 @@ def read_table():
 
 
 def complete(table, tasks, methods):
-    """Return the methods that have run on any of the tasks, and the tasks on which all these have."""
+    """Return the tasks on which all methods have run that have run on any, and these methods."""
     methods = [method for method in methods if any((task, method) in table for task in tasks)]
+    tasks = [task for task in TASKS if task in tasks]
     return [task for task in tasks if all((task, method) in table for method in methods)], methods
 
 
@@ -190,11 +192,11 @@ def main():
     lines = [*write_settings(table), ""]
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
-        if tasks and len(methods) > 1:
+        if len(tasks) > 1 and len(methods) > 1:
             lines += [*write_table(table, tasks, methods), ""]
             draw(table, tasks, methods, HERE / f"{name}.png")
     tasks, methods = complete(table, *LONGER)
-    if tasks:
+    if tasks and methods:
         draw_longer(table, tasks, methods, HERE / "longer.png")
     (HERE / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))

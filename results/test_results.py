@@ -25,8 +25,13 @@ from lamo import GPT2, Config
 from results import baselines, make, plot, run, timing
 from test_lamo import HERE, SHORT, isolated, lm_folder, read_log, trained
 
-
-NAMES = {"lamo": "lamo", "dt": "dt", "wiki-rl": "wiki-rl", "bc, best tenth": "best-bc", "td3+bc": "td3-bc"}
+NAMES = {
+    "lamo": "lamo",
+    "dt": "dt",
+    "wiki-rl": "wiki-rl",
+    "bc, best tenth": "best-bc",
+    "td3+bc": "td3-bc",
+}
 
 
 def read_rows(folder):
@@ -45,7 +50,8 @@ def read_tables(folder):
     text = (HERE / "results" / folder / "README.md").read_text()
     tables = re.findall(r"(?m)^\| \|.*(?:\n\|.*)+", text)
     cells = [[line.split("|")[1:-1] for line in table.split("\n")] for table in tables]
-    return [[[cell.strip() for cell in line] for line in table] for table in cells]
+    tables = [[[cell.strip() for cell in line] for line in table] for table in cells]
+    return [table for table in tables if " ± " in table[2][1]]
 
 
 def read_settings():
@@ -90,6 +96,35 @@ def test_tables_are_those_of_the_runs(folder):
                 if other == method
             ]
             assert float(cell.split()[0]) == pytest.approx(statistics.mean(pairs), abs=0.051)
+
+
+def test_losses_in_the_page_are_those_of_the_runs():
+    page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
+    runs = defaultdict(list)
+    for row in read_rows(""):
+        domain = make.DOMAIN[row["task"]]
+        if settings.get((row["method"], domain)) == row["options"].replace("--", ""):
+            if int(row["seed"]) < 100:
+                runs[row["task"], row["method"]].append(row)
+    lines = re.findall(
+        r"(?m)^\| (kitchen-partial.*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page
+    )
+    assert len(lines) == 3
+    language = defaultdict(list)
+    for task, *cells in lines:
+        columns = itertools.product(("lamo", "dt"), ("train_loss", "held_out_loss"))
+        for (method, name), cell in zip(columns, cells, strict=True):
+            assert len(runs[task, method]) == 5
+            losses = [row[name] for row in runs[task, method]]
+            expected = f"{statistics.mean(map(float, losses)):.4f}" if losses[0] else "–"
+            assert cell == expected
+        for row in runs[task, "lamo"]:
+            for name in ("text_loss", "documents_loss"):
+                for when in ("before", "after"):
+                    language[name, when].append(float(row[f"{name}_{when}"]))
+    for name in ("text_loss", "documents_loss"):
+        before, after = (statistics.mean(language[name, when]) for when in ("before", "after"))
+        assert f"from {before:.2f} to {after:.2f}" in " ".join(page.split())
 
 
 def test_settings_are_those_that_tuning_found_best():
