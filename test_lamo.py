@@ -469,6 +469,8 @@ def test_other_models_keep_frozen_weights_in_bfloat16(name, family):
     kinds = {(p.dtype, p.requires_grad) for p in trunk.parameters()}
     assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
     assert all(p.dtype == torch.float32 for p in exact.parameters())
+    for ours, theirs in zip(trunk.buffers(), exact.buffers(), strict=True):
+        assert torch.equal(ours, theirs)  # rotary frequencies
     x, tokens = torch.randn(2, 10, trunk.width), torch.randint(300, (2, 20))
     with torch.no_grad():
         difference = (trunk(x) - exact(x)).abs().mean() / exact(x).abs().mean()

@@ -72,7 +72,9 @@ def test_tables_are_those_of_the_runs(folder):
         scores = {}
         for task, *cells in tasks:
             for method, cell in zip(methods, cells, strict=True):
-                chosen = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+                chosen = [
+                    row for row in rows if (row["task"], row["method"].lower()) == (task, method)
+                ]
                 chosen = [row for row in chosen if int(row["seed"]) < 100]
                 options = settings.get((method, make.DOMAIN[task]))
                 if options:
