@@ -458,6 +458,16 @@ def main(arguments):
         else:
             spec = spec_from_json(header["env_spec"])
         environments = Environments(spec)
+        shapes = environments.observation_space.shape, environments.action_space.shape
+        trained_on = (
+            tuple(policy.image_shape or policy.state_mean.shape),
+            policy.action_center.shape,
+        )
+        if shapes != trained_on:
+            raise ValueError(
+                f"{spec.id} has observations and actions of shapes {shapes[0]} and {shapes[1]},"
+                " the run was trained on others"
+            )
     reference = header["reference"]
     scores = evaluate(policy, environments, targets, episodes, seed, reference, config.delayed)
     print(format_scores(scores, reference))

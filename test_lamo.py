@@ -2718,6 +2718,7 @@ BAD_EVALUATIONS = [
     ("{run} --video out.avi", "must end in .gif or .mp4"),
     ("{run} --targets x", "--targets"),
     ("{run} --device tpu", "tpu"),
+    ("{run} --env Ant-v5", r"name one with --env .*Ant-v5 has .* \(105,\) and \(8,\), the run"),
     ("{run} {run}", "unrecognized"),
 ]
 
