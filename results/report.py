@@ -180,7 +180,8 @@ def draw_longer(table, tasks, methods, path):
                 runs = table[task, method]
                 curves = [{int(row["step"]): float(row[name]) for row in rows} for rows in runs]
                 draw_curve(axes, curves, style | {"label": name_of(method)})
-            axes.set(title=f"{task.split(',')[0]}: {title}", xlabel="training steps")
+            axes.set_title(f"{task.split(',')[0]}\n{title}", fontsize="medium")
+            axes.set_xlabel("training steps")
             if name != "best_score":
                 axes.set_yscale("log")
     panels[0, 0].legend(fontsize="small")
