@@ -2126,6 +2126,8 @@ def test_the_environment_is_that_of_the_data_unless_the_user_wants_the_other(tmp
         printed = capsys.readouterr().out
         assert f"episodes of at most {expected} steps" in printed
         assert ("to take it, add --env eval" in printed) == (not options)
+    evaluation.main([str(tmp_path / "9"), "--env", "Hopper-v5"])
+    assert " 9.0  best" in capsys.readouterr().out  # the run's --max-steps
 
 
 # ---------------------------------------------------------------------------- what a file brings is data

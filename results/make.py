@@ -28,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+from eval import best_target
+
 HERE = Path(__file__).resolve().parent
 COLUMNS = ["task", "method", "options", "seed", "step"]
 COLUMNS += ["best_target", "best_return", "best_score", "mean_return", "mean_score"]
@@ -214,13 +216,13 @@ def read_rows(out):
         if "evaluation" not in line:
             continue
         targets = line["evaluation"]
-        best = max(targets, key=lambda target: targets[target]["return_mean"])
+        target, best = best_target(targets)
         now = measured.get(line["step"], {})
         rows.append({
             "step": line["step"],
-            "best_target": best,
-            "best_return": targets[best]["return_mean"],
-            "best_score": targets[best]["score"],
+            "best_target": target,
+            "best_return": best["return_mean"],
+            "best_score": best["score"],
             "mean_return": np.mean([row["return_mean"] for row in targets.values()]),
             "mean_score": np.mean([row["score"] for row in targets.values()]),
             "train_loss": now.get("train_loss"),
