@@ -23,6 +23,7 @@ from results.make import (
     OTHERS,
     SIX,
     TASKS,
+    THIRDS,
     TRAINED,
     VARIANTS,
     finished,
@@ -44,7 +45,7 @@ NAMES = {
 MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHERS]
 COMPARISONS = {  # tasks and methods, by name; the first method is the one that others differ from
     "methods": (MAIN, [*COMPARED]),
-    "data": ([*LESS_HOPPER, *LESS_KITCHEN], [*COMPARED]),
+    "data": ([*LESS_HOPPER, *LESS_KITCHEN, *THIRDS], [*COMPARED]),
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
