@@ -2248,10 +2248,10 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
         evaluation.main(["../moved my run", "--lm", "demo/gpt2-tiny"])
 
 
-def test_the_readmes_loop_gives_the_return_of_an_evaluation(trained, capsys):
-    """The code block of the README that acts step by step, as it is written there."""
+def test_the_manuals_loop_gives_the_return_of_an_evaluation(trained, capsys):
+    """The code block of the manual that acts step by step, as it is written there."""
     block = (
-        (HERE / "README.md")
+        (HERE / "docs" / "README.md")
         .read_text()
         .split("    import gymnasium as gym, lamo\n")[1]
         .split("\n\n")[0]
