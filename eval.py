@@ -418,6 +418,29 @@ def record(policy, spec, target, seed, path, delayed=False):
     return float(returns[0, 0]), int(lengths[0, 0])
 
 
+def make_environments(env, policy, config, header):
+    """Return the Environments of a run, or those of an id `env`.
+
+    Raises ValueError if the policy was trained on observations or actions of other shapes.
+    """
+    if env:
+        spec = spec_of(env)
+        limit = config.max_steps or spec.max_episode_steps
+        spec.max_episode_steps = limit or policy.max_timesteps
+    else:
+        spec = spec_from_json(header["env_spec"])
+    environments = Environments(spec)
+
+    shapes = environments.observation_space.shape, environments.action_space.shape
+    trained_on = tuple(policy.image_shape or policy.state_mean.shape), policy.action_center.shape
+    if shapes != trained_on:
+        raise ValueError(
+            f"{spec.id} has observations and actions of shapes {shapes[0]} and {shapes[1]}, but the"
+            f" run was trained on {trained_on[0]} and {trained_on[1]}"
+        )
+    return environments
+
+
 def main(arguments):
     """Evaluate a run as the command line says."""
     import lamo
@@ -451,23 +474,7 @@ def main(arguments):
     episodes = options.episodes or config.episodes
     seed = lamo.first_seed(config) if options.seed is None else options.seed
     with lamo.on_error("cannot make the environment; name one with --env ID or --env module:ID"):
-        if options.env:
-            spec = spec_of(options.env)
-            limit = config.max_steps or spec.max_episode_steps
-            spec.max_episode_steps = limit or policy.max_timesteps
-        else:
-            spec = spec_from_json(header["env_spec"])
-        environments = Environments(spec)
-        shapes = environments.observation_space.shape, environments.action_space.shape
-        trained_on = (
-            tuple(policy.image_shape or policy.state_mean.shape),
-            policy.action_center.shape,
-        )
-        if shapes != trained_on:
-            raise ValueError(
-                f"{spec.id} has observations and actions of shapes {shapes[0]} and {shapes[1]},"
-                " the run was trained on others"
-            )
+        environments = make_environments(options.env, policy, config, header)
     reference = header["reference"]
     scores = evaluate(policy, environments, targets, episodes, seed, reference, config.delayed)
     print(format_scores(scores, reference))

@@ -630,10 +630,9 @@ class LaMo(nn.Module):
         The first `lengths` (B,) steps of a window are real. The action of the last of them is to be
         found; what `actions` holds in its place is ignored.
         """
-        hidden = self.trunk(self.embed_window(returns_to_go, states, actions, timesteps))
-        newest_state = 3 * (lengths - 1) + 1
-        rows = torch.arange(len(hidden), device=hidden.device)
-        predicted = self.action_head(hidden[rows, newest_state])
+        predicted = self.predict(returns_to_go, states, actions, timesteps)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        predicted = predicted[rows, lengths - 1]  # (B, A)
         if self.discrete:
             return F.one_hot(predicted.argmax(dim=-1), predicted.shape[-1])
         return predicted.clamp(-1, 1) * self.action_radius + self.action_center
@@ -1457,15 +1456,8 @@ def prepare(config, title):
     if None in reference:
         reference = task.reference
 
-    # Actions without bounds, as gymnasium.wrappers.ClipAction leaves them, have those of the data.
-    low, high = action_space.low, action_space.high
-    if not np.isfinite([low, high]).all():
-        print("the actions have no bounds; those of the data are taken instead")
-        actions = trajectories.actions.cpu().numpy()
-        low = np.where(np.isfinite(low), low, actions.min(axis=0))
-        high = np.where(np.isfinite(high), high, actions.max(axis=0))
-
     # The policy
+    low, high = action_bounds(action_space, trajectories.actions)
     arguments = {
         "max_timesteps": int(trajectories.lengths.max()),
         "return_scale": float(task.return_scale or power_of_ten),
@@ -1486,7 +1478,8 @@ def prepare(config, title):
     if config.lang_coef > 0:
         text = load_text(config.lm, config.text, config.text_block)
         check_text(text, trunk)
-        text_loss = text.held_out_loss(model.eval().trunk)
+        model.eval()
+        text_loss = text.held_out_loss(trunk)
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, ", end="")
         print(f"{len(text.held_out):,} held out")
 
@@ -1511,6 +1504,21 @@ def prepare(config, title):
         "commit": commit or None,
     }
     return config, header, model, trajectories, text, environments
+
+
+def action_bounds(space, actions):
+    """Return the bounds of an action space; where it has none, those of the data's actions (N, A).
+
+    gymnasium.wrappers.ClipAction leaves a space without bounds.
+    """
+    low, high = space.low, space.high
+    if np.isfinite([low, high]).all():
+        return low, high
+    print("the actions have no bounds; those of the data are taken instead")
+    actions = actions.cpu().numpy()
+    low = np.where(np.isfinite(low), low, actions.min(axis=0))
+    high = np.where(np.isfinite(high), high, actions.max(axis=0))
+    return low, high
 
 
 def episode_limit(config, spec, trajectories):
@@ -1579,7 +1587,10 @@ def report(config, header, model, text, scores, out):
 
     Raises InputError if it was evaluated and every episode failed.
     """
-    text_loss = text and text.held_out_loss(model.eval().trunk)
+    text_loss = None
+    if text:
+        model.eval()
+        text_loss = text.held_out_loss(model.trunk)
     target, best = best_target(scores)
     summary = {
         "best": {"target": float(target)} | best if best else None,
@@ -1710,8 +1721,8 @@ def main(arguments):
     if "resume" in given:
         out = Path(given.pop("resume"))
         if given.keys() - {"device", "lm", "data", "text", "env"}:
-            allowed = "--device, and --lm, --data, --text and --env, if they have moved"
-            raise InputError(f"--resume takes the run's own settings, but for {allowed}")
+            allowed = "only --device, and --lm, --data, --text or --env if that has moved"
+            raise InputError(f"--resume keeps the run's settings; it takes {allowed}")
         checkpoint = read_checkpoint(out)
         header = checkpoint["header"]
         config = Config(**header["config"] | with_full_paths(given))
