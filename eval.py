@@ -28,10 +28,10 @@ from tqdm import tqdm
 import atari
 
 notifications.pop("gymnasium_robotics", None)  # silences a notice about other environments
-NUM_ENVS = 20  # at a time; one of the kitchen takes 90 MB
+NUM_ENVS = 20  # at a time; a kitchen takes 90 MB
 
 # Gymnasium's wrappers that cannot be made again from a file: what they know of earlier episodes is
-# lost, or they write files.
+# lost, or they write files or open a window.
 LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "HumanRendering"
 
 
@@ -45,7 +45,7 @@ def spec_of(env_id):
 
 
 def rebuilt(registered, kwargs, limit, wrappers):
-    """Return a copy of a registered EnvSpec. Some write their limit of steps as a float."""
+    """Return a copy of a registered EnvSpec. Some specs store the limit of steps as a float."""
     limit = int(limit) if limit else None
     changes = {"kwargs": dict(kwargs), "max_episode_steps": limit}
     return replace(registered, additional_wrappers=wrappers, **changes)
@@ -119,12 +119,12 @@ def policy_spaces(env):
     is_image = len(observations.shape or ()) == 3 and observations.dtype == np.uint8
     if not (is_vector(observations) or is_image):
         kinds = "vectors of numbers (Box), or images (H, W, C) or (C, H, W) of uint8"
-        raise ValueError(f"its observations are {observations}; LaMo sees {kinds}")
+        raise ValueError(f"its observations are {observations}; LaMo can see only {kinds}")
     if isinstance(actions, Discrete):
         actions = Box(0, 1, (int(actions.n),), np.float32)
     if not is_vector(actions):
         kinds = "vectors of real numbers (Box), or one choice (Discrete)"
-        raise ValueError(f"its actions are {actions}; LaMo does {kinds}")
+        raise ValueError(f"its actions are {actions}; LaMo can take only {kinds}")
     return observations, actions
 
 
@@ -151,10 +151,9 @@ class Environments:
         keywords = {}  # not every environment takes a render_mode
         if self.render_mode:
             keywords["render_mode"] = self.render_mode
+            # From Gymnasium 1.4 on, the default camera would let a robot leave the picture.
             if str(self.spec.entry_point).startswith("gymnasium.envs.mujoco"):
-                keywords["camera_name"] = (
-                    "track"  # Gymnasium 1.4 would let a robot leave the picture
-                )
+                keywords["camera_name"] = "track"
         return atari.preprocess_env(gym.make(self.spec, disable_env_checker=True, **keywords))
 
     def ready(self, count):
@@ -264,7 +263,7 @@ def rollout(
     """Run `episodes` episodes for each target, several at a time. Where one ends, another starts.
 
     Args:
-        policy: a torch module in evaluation mode, on the device to use. It has `context` (K, the
+        policy: a torch module in evaluation mode, whose parameters are on the device to use. It has `context` (K, the
             steps that it sees), and `act(returns_to_go (B, K), states (B, K, S), actions
             (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act.
         environments: an Environments.

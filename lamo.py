@@ -5,12 +5,12 @@ Offline Reinforcement Learning" (Shi et al., ICLR 2024, https://arxiv.org/abs/23
 
     L = mean squared error of the actions + lambda * cross-entropy of the next token of text
 
-LaMo has four parts. Each stands in one place:
+LaMo has four parts:
 
   1. the trunk starts from the weights of a language model    GPT2.from_pretrained, CausalLM
   2. the trunk stays frozen, and LoRA adapts it               LoRALinear, GPT2.add_lora
   3. MLPs embed returns, states and actions                   Embedder
-  4. a language loss on text joins the action loss            LaMo.forward, train
+  4. a language loss on text joins the action loss            train_step
 
     python lamo.py --env hopper --ratio 0.1                                      # one GPU
     torchrun --standalone --nproc-per-node 2 lamo.py --env hopper --ratio 0.1    # two GPUs
@@ -240,11 +240,11 @@ class Config:
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A dropout(x): W is frozen; b, A and B train (Hu et al. 2021).
 
-    A fused layer, such as GPT-2's queries, keys and values, has several `parts`. Each part has an
-    A (r, in) and a B (out / parts, r) of its own.
+    GPT-2's queries, keys and values are one layer of three `parts`. Each part has an A (r, in) and a
+    B (out / parts, r) of its own.
     """
 
-    def __init__(self, linear, rank, alpha, dropout, parts=3):
+    def __init__(self, linear, rank, alpha, dropout, parts):
         super().__init__()
         out_features, in_features = linear.weight.shape
         self.weight = linear.weight.requires_grad_(False)
@@ -323,14 +323,15 @@ class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with the parameter names of its published checkpoints.
 
     It is the trunk of LaMo. Other language models are a CausalLM; to use something else, return it
-    from `build_trunk`. It needs
+    from `build_trunk`. A replacement needs
 
         width                            D
         forward(x)                       embeddings (B, T, D) -> hidden states (B, T, D), causal
+        add_lora(rank, alpha, dropout)   unless --lora-rank is 0
         language_loss(tokens)            token ids (B, T) -> mean cross-entropy of the next token
         vocab_size, n_positions          bounds of token ids, and of the length of a text
 
-    The last two lines are for the language loss only.
+    The last two are for the language loss only.
     """
 
     def __init__(
@@ -390,7 +391,7 @@ class GPT2(nn.Module):
         """
         self.requires_grad_(False)
         for block in self.h:
-            block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout)
+            block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout, parts=3)
 
     def forward(self, x):
         """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before.
@@ -438,7 +439,7 @@ class CausalLM(nn.Module):
         with torch.no_grad():
             first, second = self.eval()(x)
         if not torch.allclose(first[0], second[0], rtol=1e-3, atol=1e-3):
-            raise InputError(f"--lm is a {theirs.config.model_type}, whose tokens see later ones")
+            raise InputError(f"--lm is a {theirs.config.model_type}, which is not causal")
         self.train()
 
     def add_lora(self, rank, alpha, dropout):
@@ -454,7 +455,8 @@ class CausalLM(nn.Module):
         for parent in [*self.modules()]:
             for name, layer in [*parent.named_children()]:
                 if name in self.PROJECTIONS:
-                    setattr(parent, name, LoRALinear(as_linear(layer), rank, alpha, dropout, 1))
+                    adapted = LoRALinear(as_linear(layer), rank, alpha, dropout, parts=1)
+                    setattr(parent, name, adapted)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trained:
             names = ", ".join(self.PROJECTIONS)
@@ -511,13 +513,13 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.channels_last = shape[2] <= shape[0]
         C, *pixels = shape[::-1] if self.channels_last else shape
-        sizes = [(32, 8, 4), (64, 4, 2), (64, 3, 1)]  # channels, kernel, stride
-        if min(pixels) < 36:
-            sizes = [(16, 3, 1)]
         if min(pixels) < 3:
             raise InputError(
                 f"images of shape {tuple(shape)} are too small; the least is 3 x 3 pixels"
             )
+        sizes = [(32, 8, 4), (64, 4, 2), (64, 3, 1)]  # channels, kernel, stride
+        if min(pixels) < 36:
+            sizes = [(16, 3, 1)]
         layers = []
         for channels, kernel, stride in sizes:
             layers += [nn.Conv2d(C, channels, kernel, stride), nn.ReLU()]
@@ -782,6 +784,14 @@ LOG_EVERY = 50  # training steps
 SAVE_EVERY = 60  # seconds
 
 
+def make_optimizer(model, config):
+    """Return AdamW over the parameters that train."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        trained, config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=trained[0].is_cuda
+    )
+
+
 def learning_rate(step, config):
     """Return the learning rate of a step, counted from 0: a linear warm-up, then the schedule."""
     if step < config.warmup:
@@ -790,6 +800,51 @@ def learning_rate(step, config):
         return config.lr
     progress = (step - config.warmup) / (config.steps - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def draw(trajectories, text, config, step):
+    """Return a training step's batch of windows, and of text (None without it).
+
+    Each step has its own seed, so that a resumed run draws what it would have drawn. Under torchrun
+    all processes draw the same batch, and each takes its share: together they do what one would.
+    """
+    seed = config.seed * config.steps + step
+    torch.manual_seed(seed)
+    batch = trajectories.batch(config.batch, config.context)
+    tokens = text.batch(config.text_batch).to(config.device) if text else None
+    rank, world = rank_and_world()
+    if world > 1:
+        batch = {name: part[rank::world] for name, part in batch.items()}
+        batch["weight"] = batch["weight"] * world  # because the gradients are averaged
+        tokens = tokens[rank::world] if text else None
+    if rank > 0:
+        torch.manual_seed(seed + rank * 10**9)  # each process has dropout of its own
+    return batch, tokens
+
+
+def train_step(model, optimizer, batch, tokens, config, step):
+    """Take a training step on windows of trajectories and crops of text; return its losses.
+
+    Here the two losses of LaMo become one: part 4 (paper, section 4).
+    """
+    # L = action loss + lambda * language loss
+    action_loss, language_loss = model(batch, tokens)
+    loss = action_loss + config.lang_coef * language_loss
+
+    # Gradients reach what trains: LoRA, embedders and action head, not the frozen weights.
+    optimizer.zero_grad()
+    loss.backward()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+
+    # Update with the learning rate of this step.
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+
+    losses = {"action_loss": action_loss, "gradient_norm": gradient_norm}
+    if tokens is not None:
+        losses["language_loss"] = language_loss
+    return losses
 
 
 def train(model, trajectories, text, environments, config, header, out, checkpoint=None):
@@ -810,7 +865,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
     with StopSignals(out) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
-        # A round logs, saves and evaluates what `step` steps led to, and takes the next one.
+        # Each iteration logs, saves and evaluates the model after `step` steps, then takes the next.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
             stopping = in_any_process(signals.received)
@@ -836,55 +891,9 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             if step == config.steps:
                 return scores
 
-            # Draw windows of trajectories and crops of text.
+            # Take the next step.
             batch, tokens = draw(trajectories, text, config, step)
-
-            # L = action loss + lambda * language loss: LaMo's part 4 (paper, section 4).
-            action_loss, language_loss = learner(batch, tokens)
-            loss = action_loss + config.lang_coef * language_loss
-
-            # Gradients reach what trains: LoRA, embedders and action head, not the frozen weights.
-            optimizer.zero_grad()
-            loss.backward()
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-
-            # Update with the learning rate of this step.
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            optimizer.step()
-
-            losses = {"action_loss": action_loss, "gradient_norm": gradient_norm}
-            if text:
-                losses["language_loss"] = language_loss
-            recorder.add(losses)
-
-
-def make_optimizer(model, config):
-    """Return AdamW over the parameters that train."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trained, config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=trained[0].is_cuda
-    )
-
-
-def draw(trajectories, text, config, step):
-    """Return a training step's batch of windows, and of text (None without it).
-
-    Each step has its own seed, so that a resumed run draws what it would have drawn. Under torchrun
-    all processes draw the same batch, and each takes its share: together they do what one would.
-    """
-    seed = config.seed * config.steps + step
-    torch.manual_seed(seed)
-    batch = trajectories.batch(config.batch, config.context)
-    tokens = text.batch(config.text_batch).to(config.device) if text else None
-    rank, world = rank_and_world()
-    if world > 1:
-        batch = {name: part[rank::world] for name, part in batch.items()}
-        batch["weight"] = batch["weight"] * world  # because the gradients are averaged
-        tokens = tokens[rank::world] if text else None
-    if rank > 0:
-        torch.manual_seed(seed + rank * 10**9)  # each process has dropout of its own
-    return batch, tokens
+            recorder.add(train_step(learner, optimizer, batch, tokens, config, step))
 
 
 def first_seed(config):
@@ -1007,7 +1016,7 @@ class Recorder:
         state = {"optimizer": optimizer.state_dict(), "step": step, "losses": self.losses}
         if self.writes:
             state["log_size"] = self.file.tell()
-            save(self.out / "checkpoint.pt", model, self.header, state)
+            write_checkpoint(self.out / "checkpoint.pt", model, self.header, state)
         self.saved_step, self.saved_at = step, time.monotonic()
 
 
@@ -1168,7 +1177,7 @@ def load_dataset(name):
     """Return the MinariDataset of a folder or an id, from Minari's own folder or from the hub."""
     minari_root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     for path in (Path(name), HERE / name, Path(minari_root) / name):
-        for folder in (path, path / "data", path.parent):  # what a dataset is made of names it, too
+        for folder in (path, path / "data", path.parent):  # the last is that of a file
             # A download that Minari did not finish leaves metadata.json alone.
             if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
                 return minari.MinariDataset(folder)
@@ -1199,17 +1208,22 @@ def advice_on(path):
     return ": that is a folder with data/main_data.hdf5 and data/metadata.json"
 
 
+def split_episodes(dataset, ratio, seed):
+    """Return the indices of a random share of a MinariDataset's episodes, and those of the others."""
+    shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
+    return np.split(shuffled, [int(ratio * len(shuffled) + 1e-9)])
+
+
 def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
     """Return a random share of the episodes of a MinariDataset, as Trajectories.
 
     `delayed` moves all reward of a trajectory to its last step.
     """
-    total = dataset.total_episodes
-    count = int(ratio * total + 1e-9)
+    chosen, _ = split_episodes(dataset, ratio, seed)
+    count = len(chosen)
     if count == 0:
-        raise InputError(f"--ratio {ratio:g} of {total} trajectories leaves none")
-    shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
-    episodes = dataset.iterate_episodes(np.sort(shuffled[:count]))
+        raise InputError(f"--ratio {ratio:g} of {dataset.total_episodes} trajectories leaves none")
+    episodes = dataset.iterate_episodes(np.sort(chosen))
 
     shape, stack = policy_spaces(dataset)[0].shape, 1
     observations, actions, rewards, terminated = [], [], [], []
@@ -1244,7 +1258,7 @@ def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
 def vectors(actions, space):
     """Return the actions of an episode (T, A); those of a Discrete space (T,) become one-hot.
 
-    Raises InputError if they are not of the space.
+    Raises InputError if a Discrete space does not contain them.
     """
     if not isinstance(space, gym.spaces.Discrete):
         return actions
@@ -1325,7 +1339,7 @@ def checksum(arrays):
     return digest.hexdigest()
 
 
-def save(path, model, header, state):
+def write_checkpoint(path, model, header, state):
     """Write a checkpoint. Of a frozen language model it has the checksum, not the weights."""
     weights = model.state_dict()
     if header["lm_checksum"]:
@@ -1376,7 +1390,7 @@ def load(folder, device="cpu", lm=None):
     header = checkpoint["header"]
     config = Config(**header["config"])
     config = replace(config, device=device, lm=lm or config.lm)
-    check_device(device)
+    set_up_device(device)
     trunk, lm_checksum = build_trunk(config)
     model = LaMo(trunk, config.embed, config.context, **header["arguments"]).to(device)
     load_weights(model, checkpoint, lm_checksum)
@@ -1384,8 +1398,8 @@ def load(folder, device="cpu", lm=None):
 
 
 # -------------------------------------------------------------------------------- runs
-def check_device(device):
-    """Raise InputError if this machine lacks a device. On a GPU, let PyTorch multiply in TF32."""
+def set_up_device(device):
+    """Let a GPU multiply in TF32. Raises InputError if this machine lacks the device."""
     with on_error(f"cannot use --device {device}; name one that this machine has"):
         torch.zeros(1, device=device)
     torch.set_float32_matmul_precision("high")
@@ -1406,6 +1420,11 @@ def build_trunk(config):
             trunk = GPT2.from_pretrained(theirs, config.dropout, config.bf16)
         else:
             trunk = CausalLM(theirs, config.bf16)
+            if 3 * config.context > trunk.n_positions:
+                raise InputError(
+                    f"--context {config.context} makes {3 * config.context} tokens, but --lm has"
+                    f" {trunk.n_positions} positions"
+                )
         lm_checksum = checksum(trunk.state_dict().values())
     trunk.requires_grad_(config.train_trunk)
     if config.lora_rank > 0:
@@ -1420,7 +1439,7 @@ def prepare(config, title):
     made from), LaMo, Trajectories, Text (None without it) and Environments.
     """
     task = TASKS.get(config.env, OTHER_TASK)
-    check_device(config.device)
+    set_up_device(config.device)
     torch.manual_seed(config.seed)
 
     # The language model comes first: a wrong name shows before anything large is downloaded.
@@ -1447,7 +1466,7 @@ def prepare(config, title):
     if environments:
         print(f"env     {spec.id}, episodes of at most {spec.max_episode_steps} steps")
 
-    # Where the task does not say, the data does: what to aim for, and by what to divide it.
+    # The task says what returns to aim for, and their scale; else the data does.
     if config.targets is None:
         config = replace(config, targets=default_targets(returns))
     largest = max(abs(np.array([*returns, *config.targets])))
@@ -1524,8 +1543,8 @@ def action_bounds(space, actions):
 def episode_limit(config, spec, trajectories):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
-    Where the environment has no limit, or one far beyond the data, whose longest trajectory was cut
-    off and not terminated, that trajectory sets the limit.
+    Without a limit of the environment, the longest trajectory sets it. It also does for a dataset
+    that belongs to no task, if the environment's limit is far beyond it and it was cut off.
     """
     longest = int(trajectories.lengths.max())
     limit = spec.max_episode_steps or math.inf
@@ -1538,7 +1557,7 @@ def episode_limit(config, spec, trajectories):
 
 
 def check_spaces(dataset, env):
-    """Raise InputError if an environment shows or takes something else than the data has."""
+    """Raise InputError if an environment has other observations or actions than the data."""
     ours, theirs = ([space.shape for space in policy_spaces(part)] for part in (dataset, env))
     for name, our, their in zip(("observations", "actions"), ours, theirs):
         if our != their:
@@ -1620,7 +1639,7 @@ def parse(arguments, program="lamo.py"):
         program,
         usage=argparse.SUPPRESS,
         description=__doc__.split("\n")[0],
-        epilog="The defaults are the paper's, for --method lamo. The other methods change some,"
+        epilog="The defaults are those of the authors' runs of LaMo. The other methods change some,"
         " and the demo, which runs by itself where there is no GPU, changes more.",
         allow_abbrev=False,
     )
@@ -1640,15 +1659,17 @@ def parse(arguments, program="lamo.py"):
 def configure(given):
     """Return the Config of the given options, and the title of the run.
 
-    What is not given is the method's value; else the task's setting; else, in a demo, the demo's;
-    else the default.
+    From the strongest to the weakest: what is given, the method's values, the task's, the demo's if
+    it is one, the defaults.
     """
     given = with_full_paths(given)
     if "data" in given:
         given = {"env": None} | given  # a dataset brings its environment
     elif given.get("env", "hopper") not in TASKS:
         tasks = ", ".join(TASKS)
-        raise InputError(f"--env {given['env']} is none of {tasks}; give its dataset, too: --data")
+        raise InputError(
+            f"--env {given['env']} is not one of {tasks}; give its dataset, too: --data"
+        )
     task = TASKS.get(given.get("env", "hopper"), OTHER_TASK)
     defaults = {"data": task.data, "targets": task.targets, "context": task.context}
     changes = task.settings | METHODS[given.get("method", "lamo")] | given

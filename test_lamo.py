@@ -312,7 +312,7 @@ def test_language_loss_equals_transformers(lm_folder):
 def test_lora_follows_the_formula_and_starts_as_the_original():
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(16, 48), torch.randn(5, 7, 16)
-    lora = LoRALinear(linear, rank=4, alpha=8, dropout=0.0)
+    lora = LoRALinear(linear, rank=4, alpha=8, dropout=0.0, parts=3)
     assert torch.equal(lora(x), linear(x))
     torch.nn.init.normal_(lora.B)
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_lora_follows_the_formula_and_starts_as_the_original():
         torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(lora.eval()(x), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(lora.train()(x[0]), expected[0], atol=1e-5, rtol=0)
-    lora = LoRALinear(torch.nn.Linear(400, 1200), rank=16, alpha=8, dropout=0.0)
+    lora = LoRALinear(torch.nn.Linear(400, 1200), rank=16, alpha=8, dropout=0.0, parts=3)
     assert lora.A.shape == (3, 16, 400) and lora.B.shape == (3, 400, 16) and not lora.B.any()
     bound = math.sqrt(
         1 / 400
@@ -386,7 +386,8 @@ def family(tmp_path_factory, lm_folder):
 
 
 def other_trunk(folder, rank=4, **changes):
-    return lamo.build_trunk(cpu_config(lm=folder, lora_rank=rank, lora_alpha=12.0, **changes))[0]
+    config = cpu_config(lm=folder, lora_rank=rank, lora_alpha=12.0, context=20, **changes)
+    return lamo.build_trunk(config)[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -513,6 +514,11 @@ def test_other_models_from_start_to_end(name, family, tmp_path):
     save_file(tensors | {key: tensors[key] + 1}, moved / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="is not the language model that the run was trained on"):
         lamo.load(out, lm=str(moved))
+
+
+def test_a_window_must_fit_into_a_models_positions(family):
+    with pytest.raises(InputError, match="--context 1000 makes 3000 tokens, but --lm has"):
+        lamo.build_trunk(cpu_config(lm=family("opt"), context=1000))
 
 
 # ---------------------------------------------------------------------------- LaMo, beside an independent one
@@ -1040,13 +1046,13 @@ def hopper_run(out, **changes):
 
 
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
-    run, saved, save = hopper_run(tmp_path / "run"), [], lamo.save
+    run, saved, save = hopper_run(tmp_path / "run"), [], lamo.write_checkpoint
 
     def remember(path, model, header, state):
         saved.append(state["step"])
         save(path, model, header, state)
 
-    monkeypatch.setattr(lamo, "save", remember)
+    monkeypatch.setattr(lamo, "write_checkpoint", remember)
     model, trajectories, text = run["model"].eval(), run["trajectories"], run["text"]
     scores = lamo.train(**run)
     assert saved == [0, 3, 6, 7]
@@ -1395,7 +1401,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lamo, "SAVE_EVERY", 0)  # at each step
     monkeypatch.setattr(lamo, "evaluate", mortal(lamo.evaluate))
-    monkeypatch.setattr(lamo, "save", mortal(lamo.save))
+    monkeypatch.setattr(lamo, "write_checkpoint", mortal(lamo.write_checkpoint))
     while True:
         run, checkpoint = hopper_run(tmp_path / "run"), None
         if (tmp_path / "run" / "checkpoint.pt").exists():
@@ -1434,7 +1440,7 @@ def test_a_signal_lets_the_step_finish_and_a_second_one_does_not(tmp_path, monke
 
 
 def test_a_signal_while_saving_stops_the_evaluation_that_follows(tmp_path, monkeypatch):
-    handlers, run, save = {}, hopper_run(tmp_path / "run"), lamo.save
+    handlers, run, save = {}, hopper_run(tmp_path / "run"), lamo.write_checkpoint
     monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
 
     def interrupted(path, model, header, state):
@@ -1442,7 +1448,7 @@ def test_a_signal_while_saving_stops_the_evaluation_that_follows(tmp_path, monke
         if state["step"] == 3:
             handlers[signal.SIGTERM](signal.SIGTERM, None)
 
-    monkeypatch.setattr(lamo, "save", interrupted)
+    monkeypatch.setattr(lamo, "write_checkpoint", interrupted)
     monkeypatch.setattr(lamo, "evaluate", lambda *_: pytest.fail("evaluates"))
     with pytest.raises(SystemExit, match="stopped; resume with: python lamo.py --resume"):
         lamo.train(**run)
@@ -2908,7 +2914,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match="free some space, then start again, or --resume .*No space left on device"
     ):
-        lamo.save(out / "checkpoint.pt", run["model"], HEADER, {})
+        lamo.write_checkpoint(out / "checkpoint.pt", run["model"], HEADER, {})
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.partial"))
 
 

@@ -5,7 +5,7 @@
 
 Behaviour cloning (bc), of the best tenth of the trajectories (best-bc), TD3+BC (td3-bc), IQL (iql) and
 CQL (cql) have the settings of d3rlpy's own reproductions, but for the number of steps: STEPS here,
-500,000 there. Of the options, those that say what to train on and what to evaluate matter.
+500,000 there. Only the options that say what to train on and what to evaluate have an effect.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 import lamo
 from eval import evaluate
+from results.make import BASELINES
 
 STEPS, EVALUATE_EVERY = 20_000, 5_000
 
@@ -83,6 +84,8 @@ def main(arguments):
     """Train and evaluate as the command line says."""
     import d3rlpy
 
+    if not arguments or arguments[0] not in BASELINES:
+        raise lamo.InputError(f"name a method first, one of {', '.join(BASELINES)}")
     name, *arguments = arguments
     given = lamo.parse(arguments, "results.baselines") | {"method": "dt"}  # which loads no text
     config, title = lamo.configure(given)

@@ -1,4 +1,4 @@
-"""Run what compares the methods fairly on the demo's tasks; keep a row for each evaluation in runs.csv.
+"""Run the comparison of methods on the demo's tasks; keep a row for each evaluation in runs.csv.
 
     python -m results.make            # days on two CPU cores; goes on where it stopped
     python -m results.report          # tables and pictures of what has been run
@@ -10,7 +10,7 @@ The protocol, written down before the runs that it is about:
 - All methods choose from the same settings: learning rate 3e-4, 1e-3, 3e-3 or 1e-2, dropout 0 or
   0.1. Each is tried with seed 100, the better half again with seed 101, and the best mean of the two
   wins. If the lowest or highest rate wins, the next one is tried in the same way.
-- Then a method runs with each of SEEDS on all tasks of the domain. No run is left out.
+- Then a method runs with each of SEEDS on the tasks in QUESTIONS. No run is left out.
 - The methods of results/baselines.py have their published settings, and the first three seeds.
 
 A run that has its rows is not run again. Two runs go on at a time, with one thread each.
@@ -145,10 +145,7 @@ def tune(method, domain, runs):
         }
 
         # All settings with the first seed
-        first, second = (
-            {options: (task, method, options, seed) for options in settings}
-            for seed in TUNING_SEEDS
-        )
+        first = {options: (task, method, options, TUNING_SEEDS[0]) for options in settings}
         missing = [job for job in first.values() if job not in runs]
         if missing:
             return None, missing
@@ -156,7 +153,8 @@ def tune(method, domain, runs):
 
         # The better half with the second seed
         better = sorted(scores, key=scores.get, reverse=True)[: len(scores) // 2]
-        missing = [second[options] for options in better if second[options] not in runs]
+        second = {options: (task, method, options, TUNING_SEEDS[1]) for options in better}
+        missing = [job for job in second.values() if job not in runs]
         if missing:
             return None, missing
         means = {
@@ -256,7 +254,11 @@ def run(jobs):
 
 def main():
     for tasks, methods in QUESTIONS:
-        pairs = [(method, domain) for method in methods for domain in {DOMAIN[t]: 0 for t in tasks}]
+        pairs = [
+            (method, domain)
+            for method in methods
+            for domain in dict.fromkeys(DOMAIN[task] for task in tasks)
+        ]
         while missing := [job for pair in pairs for job in tune(*pair, finished())[1]]:
             run(missing)
         best = {pair: tune(*pair, finished())[0] for pair in pairs}

@@ -68,7 +68,7 @@ def read_table():
 
 
 def complete(table, tasks, methods):
-    """Return the tasks on which all methods have run that have run on any, and these methods."""
+    """Return the methods that have run on any of the tasks, and the tasks on which all of them have."""
     methods = [method for method in methods if any((task, method) in table for task in tasks)]
     tasks = [task for task in TASKS if task in tasks]
     return [task for task in tasks if all((task, method) in table for method in methods)], methods
@@ -83,7 +83,7 @@ def name_of(method):
     return NAMES.get(method, method)
 
 
-def write_table(table, tasks, methods):
+def table_lines(table, tasks, methods):
     """Return the lines of a Markdown table: the best target's return, mean and spread over seeds.
 
     Below are the scores over all tasks, how much they differ from the first method's with the same
@@ -119,7 +119,7 @@ def write_table(table, tasks, methods):
     return lines
 
 
-def write_settings(table):
+def settings_lines(table):
     """Return the lines of a Markdown table of the settings that were chosen."""
     chosen = {}
     for (task, method), runs in table.items():
@@ -165,7 +165,7 @@ def draw(table, tasks, methods, path):
 
 
 def draw_longer(table, tasks, methods, path):
-    """Draw how the score and the action loss, on held-out trajectories and not, go on with training."""
+    """Draw the score and the action loss, on held-out and on training trajectories, over time."""
     columns = {
         "best_score": "score of the best target",
         "held_out_loss": "action loss, held out",
@@ -191,11 +191,11 @@ def draw_longer(table, tasks, methods, path):
 
 def main():
     table = read_table()
-    lines = [*write_settings(table), ""]
+    lines = [*settings_lines(table), ""]
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
         if len(tasks) > 1 and len(methods) > 1:
-            lines += [*write_table(table, tasks, methods), ""]
+            lines += [*table_lines(table, tasks, methods), ""]
             draw(table, tasks, methods, HERE / f"{name}.png")
     tasks, methods = complete(table, *LONGER)
     if tasks and methods:

@@ -1,4 +1,4 @@
-"""Run lamo.py, and measure more whenever it evaluates: what is learned by heart, what language is left.
+"""Run lamo.py, and measure more at each evaluation: overfitting, and what is left of the language.
 
     python -m results.run --env hopper --ratio 0.1      # takes the options of lamo.py
 
@@ -14,21 +14,12 @@ import minari
 import numpy as np
 import torch
 
+import atari
 import lamo
 from demo.make import documents
 
 DOCUMENTS = 1000  # docstrings
 WINDOWS = 128, 8  # windows in a batch, batches
-
-
-def split(dataset, ratio, seed):
-    """Return the episodes that lamo.py trains on and the others, as two MinariDatasets.
-
-    The second is None if there are no others.
-    """
-    shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
-    parts = np.split(shuffled, [int(ratio * len(shuffled) + 1e-9)])
-    return [minari.MinariDataset(dataset.storage, part) if len(part) else None for part in parts]
 
 
 @torch.no_grad()
@@ -54,12 +45,15 @@ class Recorder(lamo.Recorder):
     def __init__(self, out, header, checkpoint=None):
         super().__init__(out, header, checkpoint)
         self.config = lamo.Config(**header["config"])
-        parts = split(lamo.load_dataset(self.config.data), self.config.ratio, self.config.seed)
-        self.trajectories = {
-            name: lamo.read_trajectories(part, 1.0, 0, self.config.delayed, self.config.device)
-            for name, part in zip(("train_loss", "held_out_loss"), parts)
-            if part
-        }
+        dataset = lamo.load_dataset(self.config.data)
+        parts = lamo.split_episodes(dataset, self.config.ratio, self.config.seed)
+        self.trajectories = {}
+        for name, episodes in zip(("train_loss", "held_out_loss"), parts):
+            if len(episodes) > 0:
+                part = atari.preprocess_data(minari.MinariDataset(dataset.storage, episodes))
+                self.trajectories[name] = lamo.read_trajectories(
+                    part, 1.0, 0, self.config.delayed, self.config.device
+                )
         self.documents = None
         if self.config.lm != "none":
             self.documents = read_documents(self.config.lm, self.config.text_block)

@@ -193,14 +193,14 @@ def test_run_trains_as_lamo_does_and_measures_more(lm_folder, tmp_path, monkeypa
         number: (ours.states == torch.from_numpy(episode.observations[0])).all(dim=1).any().item()
         for number, episode in everything.items()
     }
-    chosen, others = run.split(dataset, config.ratio, config.seed)
-    assert 0 < len(chosen.episode_indices) < len(everything)
-    assert all(is_chosen[number] for number in chosen.episode_indices)
-    assert not any(is_chosen[number] for number in others.episode_indices)
+    chosen, others = lamo.split_episodes(dataset, config.ratio, config.seed)
+    assert 0 < len(chosen) and len(chosen) + len(others) == len(everything)
+    assert all(is_chosen[number] for number in chosen)
+    assert not any(is_chosen[number] for number in others)
 
     # The loss on one long window of each held-out trajectory, acted out step by step, is alike.
     errors = []
-    for episode in itertools.islice(others, 5):
+    for episode in dataset.iterate_episodes(others[:5]):
         returns_to_go = episode.rewards[::-1].cumsum()[::-1].copy()
         for start in range(0, len(episode.actions) - model.context, model.context):
             steps = slice(start, start + model.context)
@@ -257,6 +257,12 @@ def test_baselines_see_the_same_trajectories_and_episodes(name, tmp_path, monkey
         sorted(trajectories.returns)[-len(best) :], rel=1e-5
     )
     assert len(best) == round(0.1 * len(episodes))
+
+
+@pytest.mark.parametrize("arguments", [[], ["iqi"], ["--help"]])
+def test_a_baseline_must_be_named(arguments):
+    with pytest.raises(lamo.InputError, match="name a method first, one of bc, best-bc"):
+        baselines.main(arguments)
 
 
 def test_intervals_are_those_of_a_plain_loop():

@@ -43,11 +43,7 @@ def profile(config, model, trajectories, text, environments):
 
     def step():
         batch, tokens = lamo.draw(trajectories, text, config, 0)
-        action_loss, language_loss = model(batch, tokens)
-        optimizer.zero_grad()
-        (action_loss + config.lang_coef * language_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
+        lamo.train_step(model, optimizer, batch, tokens, config, 0)
 
     parts = {
         "drawing": seconds(lambda: lamo.draw(trajectories, text, config, 0)),
