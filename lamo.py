@@ -1125,7 +1125,7 @@ def load_causal_lm(name):
     advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
     with on_error(f"{advice}; check the name and the network; --demo needs none"):
         config = from_transformers("AutoConfig", name)
-    with on_error(f"cannot load --lm {name}; if the download is damaged, delete it"):
+    with on_error(f"cannot load --lm {name}; if it is damaged, get it again"):
         if config.is_encoder_decoder:
             raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder alone")
         model, problems = from_transformers("AutoModelForCausalLM", name, output_loading_info=True)
@@ -1177,12 +1177,14 @@ def load_dataset(name):
     """Return the MinariDataset of a folder or an id, from Minari's own folder or from the hub."""
     minari_root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     for path in (Path(name), HERE / name, Path(minari_root) / name):
-        for folder in (path, path / "data", path.parent):  # the last is that of a file
+        if not name or not path.exists():
+            continue
+        folder = path.parent if path.is_file() else path  # a file of a dataset names it, too
+        for folder in (folder, folder / "data"):
             # A download that Minari did not finish leaves metadata.json alone.
             if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
                 return minari.MinariDataset(folder)
-        if name and path.exists():
-            raise InputError(f"{path} is no dataset of Minari 0.5{advice_on(path)}")
+        raise InputError(f"{path} is no dataset of Minari 0.5{advice_on(path)}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*-v\d+", name):
         raise InputError(
             f"it is neither a folder nor an id, such as mujoco/hopper/medium-v0: {name}"

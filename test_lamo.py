@@ -1909,6 +1909,11 @@ def test_a_dataset_may_be_named_by_its_parts(part):
     assert dataset.id == "lamo/hopper/demo-v0"
 
 
+def test_a_wrong_name_beside_a_dataset_is_none():
+    with pytest.raises(InputError, match="neither a folder nor an id"):
+        lamo.load_dataset(str(HOPPER / "nothing"))
+
+
 @pytest.mark.parametrize(
     "kind, words",
     [
@@ -2648,7 +2653,7 @@ BAD_OPTIONS = [
     ("--heads 0", "--heads"),
     ("--env", "--env"),
     ("extra", "extra"),
-    ("--env humanoid", "--env humanoid is none of hopper, .*give its dataset"),
+    ("--env humanoid", "--env humanoid is not one of hopper, .*give its dataset"),
     ("--ratio 0.0001", "leaves none"),
     ("--device cuda:99", "--device cuda:99"),
     ("--device tpu", "--device"),
