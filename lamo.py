@@ -419,9 +419,9 @@ class GPT2(nn.Module):
 class CausalLM(nn.Module):
     """Any other causal language model of transformers as a trunk: Llama, Qwen, Gemma, OPT, Pythia.
 
-    It has what LaMo uses of GPT2. What the model does to embeddings by itself stays on: positions,
-    learned or rotary, scaling, sliding windows. Its dropout is its own. Raises InputError if the
-    model is not causal.
+    It has the methods of GPT2 that LaMo uses. Whatever the model does to embeddings, it still does:
+    positions, learned or rotary, scaling, sliding windows. Its dropout is its own. Raises InputError
+    if the model is not causal.
     """
 
     # Queries, keys and values: by themselves, or fused in a layer
@@ -629,8 +629,8 @@ class LaMo(nn.Module):
     def act(self, returns_to_go, states, actions, timesteps, lengths):
         """Return the next actions (B, A) after histories of at most K steps.
 
-        The first `lengths` (B,) steps of a window are real. The action of the last of them is to be
-        found; what `actions` holds in its place is ignored.
+        The first `lengths` (B,) steps of a window are real. The next action is that of the last of
+        them; what `actions` holds in its place is ignored.
         """
         predicted = self.predict(returns_to_go, states, actions, timesteps)
         rows = torch.arange(len(lengths), device=lengths.device)
@@ -902,7 +902,7 @@ def first_seed(config):
 
 
 class StopSignals:
-    """While it is entered, catches Ctrl-C and SIGTERM, so that a run stops between two steps.
+    """Inside its `with` block, Ctrl-C and SIGTERM are caught, so that a run stops between two steps.
 
     A second signal ends the run at once. Only the main thread can catch signals; in any other,
     nothing is caught.
@@ -1179,8 +1179,8 @@ def load_dataset(name):
     for path in (Path(name), HERE / name, Path(minari_root) / name):
         if not name or not path.exists():
             continue
-        folder = path.parent if path.is_file() else path  # a file of a dataset names it, too
-        for folder in (folder, folder / "data"):
+        named = path.parent if path.is_file() else path  # a file of a dataset names it, too
+        for folder in (named, named / "data"):
             # A download that Minari did not finish leaves metadata.json alone.
             if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
                 return minari.MinariDataset(folder)
