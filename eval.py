@@ -35,13 +35,21 @@ NUM_ENVS = 20  # at a time; a kitchen takes 90 MB
 LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "HumanRendering"
 
 
-def spec_of(env_id):
-    """Return the EnvSpec of an id that the user names. `module:ID` imports the module first."""
+def spec_of(env_id, recorded=None):
+    """Return the EnvSpec of an id that the user names. `module:ID` imports the module first.
+
+    If a `recorded` EnvSpec, as text, is of the same environment, its settings are taken.
+    """
     module, _, name = env_id.rpartition(":")
     if module:
         importlib.import_module(module)  # it registers the environment
     registered = gym.spec(name)
-    return rebuilt(registered, registered.kwargs, registered.max_episode_steps, ())
+    kwargs, limit = registered.kwargs, registered.max_episode_steps
+    recorded = json.loads(recorded or "{}")
+    if recorded.get("id") == registered.id:
+        kwargs = kwargs | recorded.get("kwargs", {})
+        limit = recorded.get("max_episode_steps")
+    return rebuilt(registered, kwargs, limit, ())
 
 
 def rebuilt(registered, kwargs, limit, wrappers):
@@ -112,6 +120,8 @@ def policy_spaces(env):
     if isinstance(observations, Dict):
         entries = sorted(observations.items())
         entries = {name: part for name, part in entries if not isinstance(part, Dict)}
+        if not entries:
+            raise ValueError("its observations have no vectors, but those in nested dicts")
         for name, part in entries.items():
             if not is_vector(part):
                 raise ValueError(f"the entry {name} of its observations is no vector, but {part}")
@@ -265,7 +275,8 @@ def rollout(
     Args:
         policy: a torch module in evaluation mode, whose parameters are on the device to use. It has `context` (K, the
             steps that it sees), and `act(returns_to_go (B, K), states (B, K, S), actions
-            (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act.
+            (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act. Numbers are float64,
+            images uint8. One of several choices is one-hot.
         environments: an Environments.
         targets: returns to condition the policy on.
         seed: episode i of each target starts from the environment's seed `seed + i`.
@@ -341,7 +352,7 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
     Args:
         reference: (low, high) returns that score 0 and 100. The others are those of `rollout`.
     Returns:
-        a dict {target: row}, where a row is a dict of return_mean, return_std (of the population),
+        a dict {target as text: row}, where a row is a dict of return_mean, return_std (of the population),
         return_interval (95 % confidence in the mean, from 10,000 bootstrap samples), score,
         success (the share of episodes, if the environment reports it), length_mean (in steps), and
         failed, the number of episodes in which the simulator failed. Those count in length_mean
@@ -381,7 +392,8 @@ def best_target(scores):
 def format_scores(scores, reference):
     """Return the table of an evaluation as text: a line for each target, the best one marked."""
     best, _ = best_target(scores)
-    lines = [f"{'target':>8} {'return':>18} {'95 % interval':>19} {'score':>7} {'length':>7}"]
+    width = max([8, *map(len, scores)])
+    lines = [f"{'target':>{width}} {'return':>18} {'95 % interval':>19} {'score':>7} {'length':>7}"]
     reports_success = any("success" in row for row in scores.values())
     if reports_success:
         lines[0] += f" {'success':>8}"
@@ -391,7 +403,7 @@ def format_scores(scores, reference):
             mean_and_std = f"{row['return_mean']:.1f} ± {row['return_std']:.1f}"
             interval = "{:.1f} to {:.1f}".format(*row["return_interval"])
             score = f"{row['score']:.1f}"
-        line = f"{target:>8} {mean_and_std:>18} {interval:>19} {score:>7} {row['length_mean']:7.1f}"
+        line = f"{target:>{width}} {mean_and_std:>18} {interval:>19} {score:>7} {row['length_mean']:7.1f}"
         if reports_success:
             line += f" {100 * row['success']:7.0f}%" if "success" in row else " " * 9
         if row["failed"] > 0:
@@ -420,23 +432,27 @@ def record(policy, spec, target, seed, path, delayed=False):
 def make_environments(env, policy, config, header):
     """Return the Environments of a run, or those of an id `env`.
 
-    Raises ValueError if the policy was trained on observations or actions of other shapes.
+    Raises ValueError if the policy was trained on other observations or actions.
     """
     if env:
-        spec = spec_of(env)
+        spec = spec_of(env, header["env_spec"])
         limit = config.max_steps or spec.max_episode_steps
         spec.max_episode_steps = limit or policy.max_timesteps
     else:
         spec = spec_from_json(header["env_spec"])
     environments = Environments(spec)
 
-    shapes = environments.observation_space.shape, environments.action_space.shape
-    trained_on = tuple(policy.image_shape or policy.state_mean.shape), policy.action_center.shape
-    if shapes != trained_on:
-        raise ValueError(
-            f"{spec.id} has observations and actions of shapes {shapes[0]} and {shapes[1]}, but the"
-            f" run was trained on {trained_on[0]} and {trained_on[1]}"
-        )
+    def describe(observation_shape, action_size, discrete):
+        actions = f"{action_size} choices" if discrete else f"actions of {action_size} numbers"
+        return f"observations of shape {tuple(observation_shape)} and {actions}"
+
+    discrete = isinstance(environments.envs[0].action_space, Discrete)
+    shapes = environments.observation_space.shape, len(environments.action_space.low)
+    offered = describe(*shapes, discrete)
+    shapes = policy.image_shape or policy.state_mean.shape, len(policy.action_center)
+    needed = describe(*shapes, policy.discrete)
+    if offered != needed:
+        raise ValueError(f"{spec.id} has {offered}, but the run was trained on {needed}")
     return environments
 
 
@@ -448,16 +464,16 @@ def main(arguments):
         "eval.py", usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
-    count, any_seed = lamo.number(int, 1), lamo.number(int, 0)
+    target, count, any_seed = lamo.number(float, -1e9, 1e9), lamo.COUNT, lamo.COUNT_OR_ZERO
     add("folder", help="folder of a run of lamo.py")
-    add("--targets", type=float, nargs="+", help="target returns; default: the run's")
+    add("--targets", type=target, nargs="+", help="target returns; default: the run's")
     add("--episodes", type=count, help="episodes per target; default: the run's")
     add(
         "--seed",
         type=any_seed,
         help="environment's seed of the first episode; default: 10,000 times the run's seed",
     )
-    add("--env", help="environment to evaluate in, a Gymnasium id; default: the run's")
+    add("--env", help="environment to evaluate in, ID or module:ID; default: the run's")
     add("--lm", help="the language model, if it has moved")
     add("--device", default=lamo.Config.device, help="cpu, cuda, cuda:1, ...")
     add("--video", metavar="FILE", help="render an episode of the best target to a .gif or .mp4")

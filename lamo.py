@@ -450,8 +450,9 @@ class CausalLM(nn.Module):
         """
         self.requires_grad_(False)
         if self.bf16:
-            for parameter in self.parameters():  # not the buffers: rotary frequencies need float32
-                parameter.data = parameter.data.bfloat16()
+            for parameter in self.parameters():
+                if parameter.dim() > 1:  # norms, and rotary frequencies, need float32
+                    parameter.data = parameter.data.bfloat16()
         for parent in [*self.modules()]:
             for name, layer in [*parent.named_children()]:
                 if name in self.PROJECTIONS:
@@ -863,7 +864,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     scores = {}
     model.train()
 
-    with StopSignals(out) as signals:
+    with StopSignals(again(out, config)) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
         # Each iteration logs, saves and evaluates the model after `step` steps, then takes the next.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
@@ -901,6 +902,12 @@ def first_seed(config):
     return 10_000 * config.seed
 
 
+def again(out, config):
+    """Return how a command names a run: by its folder, and by --env if that imports a module."""
+    folder = shlex.quote(str(out))
+    return f"{folder} --env {config.env}" if ":" in str(config.env) else folder
+
+
 class StopSignals:
     """Inside its `with` block, Ctrl-C and SIGTERM are caught, so that a run stops between two steps.
 
@@ -908,9 +915,9 @@ class StopSignals:
     nothing is caught.
     """
 
-    def __init__(self, out):
+    def __init__(self, run):
         self.received, self.waits, self.previous = False, True, {}
-        self.advice = f"resume with: python lamo.py --resume {shlex.quote(str(out))}"
+        self.advice = f"resume with: python lamo.py --resume {run}"
 
     def stop(self):
         sys.exit(f"stopped; {self.advice}")
@@ -1096,7 +1103,7 @@ def hub_is_reachable():
 def find_file(dataset, filename):
     """Return the path of a file of a dataset on the Hugging Face hub; download it if need be."""
     advice = f"cannot find {filename} of {dataset} in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network; --demo needs none"):
+    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs none"):
         offline = not hub_is_reachable()
         path = hf_hub_download(dataset, filename, repo_type="dataset", local_files_only=offline)
         return Path(path)
@@ -1123,7 +1130,7 @@ def load_causal_lm(name):
     Raises InputError if it cannot be loaded, or if it is none.
     """
     advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network; --demo needs none"):
+    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs none"):
         config = from_transformers("AutoConfig", name)
     with on_error(f"cannot load --lm {name}; if it is damaged, get it again"):
         if config.is_encoder_decoder:
@@ -1162,6 +1169,8 @@ def load_text(lm, text, block):
     """Return the Text of WikiText-103, or of a file, of which the last tenth is held out."""
     with on_error(f"cannot load the tokenizer of --lm {lm}"):
         tokenizer = from_transformers("AutoTokenizer", lm)
+        if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+            raise ValueError("the folder has none")
     with on_error(f"cannot read --text {text}; give a file of UTF-8 text"):
         if text == "wikitext":
             tables = [parquet.read_table(path)["text"].to_pylist() for path in wikitext_files()]
@@ -1294,18 +1303,16 @@ def evaluation_spec(dataset, env):
 
     That is not always where the dataset says to evaluate, `--env eval`: in Minari's antmaze-umaze
     that is another maze (Minari's issue 304). If it cannot be made, a task brings its own, except
-    for a kitchen, whose subtasks only the dataset knows. Raises InputError if there is no
-    environment.
+    for a kitchen, whose subtasks only the dataset knows. Raises any error if there is no environment.
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
     if env == "eval" or not recorded:
         recorded = for_evaluation
     if env not in (None, "eval", *TASKS):
-        recorded = json.loads(recorded or "{}")
-        for wrapper in recorded.get("additional_wrappers", ()):
+        for wrapper in json.loads(recorded or "{}").get("additional_wrappers", ()):
             print(f"evaluating without the dataset's wrapper {wrapper['name']}")
-        return spec_of(env)
+        return spec_of(env, recorded)
     if for_evaluation not in (None, recorded):
         print("the dataset has another environment for evaluations; to take it, add --env eval")
     task = TASKS.get(env, OTHER_TASK)
@@ -1314,10 +1321,7 @@ def evaluation_spec(dataset, env):
         gym.make(spec).close()
     except Exception as error:  # environments raise anything
         if task.env_id in (None, KITCHEN):
-            advice = (
-                "name an environment, --env ID or --env module:ID, or do not evaluate: --env none"
-            )
-            raise InputError(f"{error}; {advice}") from error
+            raise
         print(f"evaluating in {task.env_id}, not in the dataset's own environment: {error}")
         spec = spec_of(task.env_id)
     if task.env_id and spec.name != spec_of(task.env_id).name:
@@ -1376,8 +1380,7 @@ def read_checkpoint(folder):
 def load_weights(model, checkpoint, lm_checksum):
     """Load a checkpoint into a model that has the language model's own weights already."""
     if checkpoint["header"]["lm_checksum"] != lm_checksum:
-        lm = checkpoint["header"]["config"]["lm"]
-        raise InputError(f"--lm {lm} is not the language model that the run was trained on")
+        raise InputError("the language model is not the one that the run was trained on: give --lm")
     with on_error("the checkpoint does not fit this code"):
         model.load_state_dict(model.state_dict() | checkpoint["weights"])
 
@@ -1453,9 +1456,12 @@ def prepare(config, title):
         trajectories = read_trajectories(
             dataset, config.ratio, config.seed, config.delayed, config.device
         )
-        environments = None
         observation_space, action_space = policy_spaces(dataset)
-        if config.env != "none":
+    environments = None
+    if config.env != "none":
+        with on_error(
+            "cannot make the environment; name one, --env ID or module:ID, or --env none"
+        ):
             spec = evaluation_spec(dataset, config.env)
             spec.max_episode_steps = episode_limit(config, spec, trajectories)
             environments = Environments(spec)
@@ -1564,8 +1570,10 @@ def check_spaces(dataset, env):
     for name, our, their in zip(("observations", "actions"), ours, theirs):
         if our != their:
             raise InputError(f"the data has {name} of shape {our}, its environment {their}")
-    if type(dataset.action_space) is not type(env.action_space):
-        kinds = f"{dataset.action_space}, its environment {env.action_space}"
+    data_space, env_space = dataset.action_space, env.action_space
+    is_discrete = isinstance(data_space, gym.spaces.Discrete)
+    if type(data_space) is not type(env_space) or (is_discrete and data_space != env_space):
+        kinds = f"{data_space}, its environment {env_space}"
         raise InputError(f"the data has the actions {kinds}")
 
 
@@ -1598,7 +1606,7 @@ def run(config, title, out, checkpoint=None):
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
     if rank_and_world()[0] == 0:
-        with StopSignals(out) as signals, signals.at_once():
+        with StopSignals(again(out, config)) as signals, signals.at_once():
             report(config, header, model, text, scores, out)
         print(f"{time.time() - started:.0f} s, all in {out}")
 
@@ -1631,7 +1639,8 @@ def report(config, header, model, text, scores, out):
         print(f"{header['text_loss']:.3f} before, {text_loss:.3f} after")
     if scores and not best:
         raise InputError("every episode of the evaluation failed, see above; the weights are saved")
-    print(f"evaluate it again: python eval.py {shlex.quote(str(out))}")
+    if scores:
+        print(f"evaluate it again: python eval.py {again(out, config)}")
 
 
 # -------------------------------------------------------------------------------- command line

@@ -464,11 +464,12 @@ def test_lora_adapts_other_models_as_a_plain_loop_does(name, family):
         torch.testing.assert_close(trunk.eval()(x), trunk.train()(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2", "opt"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "opt", "pythia"])
 def test_other_models_keep_frozen_weights_in_bfloat16(name, family):
     trunk, exact = other_trunk(family(name), bf16=True).eval(), other_trunk(family(name)).eval()
-    kinds = {(p.dtype, p.requires_grad) for p in trunk.parameters()}
-    assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
+    for parameter in trunk.parameters():
+        is_frozen_matrix = parameter.dim() > 1 and not parameter.requires_grad
+        assert parameter.dtype == (torch.bfloat16 if is_frozen_matrix else torch.float32)
     assert all(p.dtype == torch.float32 for p in exact.parameters())
     for ours, theirs in zip(trunk.buffers(), exact.buffers(), strict=True):
         assert torch.equal(ours, theirs)  # rotary frequencies
@@ -512,7 +513,9 @@ def test_other_models_from_start_to_end(name, family, tmp_path):
     tensors = load_file(weights)
     key = sorted(tensors)[0]
     save_file(tensors | {key: tensors[key] + 1}, moved / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="is not the language model that the run was trained on"):
+    with pytest.raises(
+        InputError, match="language model is not the one that the run was trained on"
+    ):
         lamo.load(out, lm=str(moved))
 
 
@@ -1752,7 +1755,7 @@ def test_an_environment_of_ones_own_has_to_be_named(tmp_path):
     named = ["--env", "mine:Mine-v0"]
     paths = {"PYTHONPATH": f"{HERE}{os.pathsep}{tmp_path}"}
     for arguments, words in (
-        (run, "Gymnasium does not know the environment Mine-v0; name an environment, --env ID"),
+        (run, "Gymnasium does not know the environment Mine-v0"),
         (run + named, ""),
         (again, "name one with --env"),
         (again + named, ""),
@@ -1761,6 +1764,45 @@ def test_an_environment_of_ones_own_has_to_be_named(tmp_path):
     ):
         result = command(*arguments, **paths)
         assert words in result.stderr and result.returncode == (2 if words else 0), result.stderr
+        if arguments in (run + named, resume + named):
+            assert f"python eval.py {out} --env mine:Mine-v0" in result.stdout
+
+
+def test_a_named_environment_keeps_the_settings_in_the_data(tmp_path):
+    env = gym.make(
+        "Hopper-v5", exclude_current_positions_from_observation=False, max_episode_steps=7
+    )
+    folder = save_dataset("test/positions-v0", env, play(env))
+    start(folder, tmp_path / "run", "--env", "Hopper-v5")
+    spec = json.loads(read_log(tmp_path / "run")[0]["env_spec"])
+    assert spec["kwargs"] == {"exclude_current_positions_from_observation": False}
+    assert spec["max_episode_steps"] == 7
+    evaluation.main([str(tmp_path / "run"), "--env", "Hopper-v5"])  # has 12 numbers, too
+
+
+def test_an_environment_with_other_choices_is_refused():
+    box, choices = gym.spaces.Box(-9, 9, (11,)), gym.spaces.Discrete(3, start=5)
+    env = SimpleNamespace(observation_space=box, action_space=choices)
+    lamo.check_spaces(env, env)
+    for other in (
+        gym.spaces.Discrete(3),
+        gym.spaces.Discrete(4, start=5),
+        gym.spaces.Box(0, 1, (3,)),
+    ):
+        with pytest.raises(InputError, match="the data has"):
+            lamo.check_spaces(SimpleNamespace(observation_space=box, action_space=other), env)
+
+    policy, sizes = SimpleNamespace(image_shape=None), (torch.zeros(11), torch.zeros(3))
+    policy.state_mean, policy.action_center = sizes
+    for policy.discrete in (False, True):
+        make = functools.partial(
+            evaluation.make_environments, "Hopper-v5", policy, Config(), {"env_spec": None}
+        )
+        if policy.discrete:
+            with pytest.raises(ValueError, match="actions of 3 numbers, but .* 3 choices"):
+                make()
+        else:
+            assert make().observation_space.shape == (11,)
 
 
 def test_actions_at_the_bounds_stay_within_them():
@@ -1783,17 +1825,18 @@ def test_integer_actions_are_rounded():
     assert histories.actions[0, 0].tolist() == [3, -5]
 
 
-def test_a_dataset_without_environment_trains_without_evaluating(tmp_path):
+def test_a_dataset_without_environment_trains_without_evaluating(tmp_path, capsys):
     spaces = {
         "observation_space": gym.spaces.Box(-9, 9, (3,)),
         "action_space": gym.spaces.Box(-1, 1, (2,)),
     }
     folder = save_dataset("test/none-v0", None, play(gym.make("Point-v0")), **spaces)
-    with pytest.raises(InputError, match="no environment is recorded; .*--env none"):
+    with pytest.raises(InputError, match="--env none .*no environment is recorded"):
         start(folder, tmp_path / "run")
     start(folder, tmp_path / "run", "--env", "none")
     assert read_scores(tmp_path / "run")["best"] is None
     policy, config, header = lamo.load(tmp_path / "run")
+    assert "evaluate it again" not in capsys.readouterr().out
     assert header["env_spec"] is None and policy.max_timesteps == 11
     with pytest.raises(InputError, match="name one with --env"):
         evaluation.main([str(tmp_path / "run")])
@@ -1829,7 +1872,7 @@ def test_wrappers_that_cannot_be_rebuilt_are_named(tmp_path, name, capsys):
         ]
         change_metadata(folder, env_spec=json.dumps(spec))
     with pytest.raises(
-        InputError, match=f"the wrapper {name} of InvertedPendulum-v5 cannot be rebuilt.*--env"
+        InputError, match=f"--env.* .the wrapper {name} of InvertedPendulum-v5 cannot be rebuilt"
     ):
         start(folder, tmp_path / "run")
     start(folder, tmp_path / "run", "--env", "InvertedPendulum-v5")
@@ -2255,7 +2298,7 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
     ]
     lamo.main(["--resume", "../moved my run", *moved])
     assert read_scores(tmp_path / "moved my run")["targets"] == scores["targets"]
-    with pytest.raises(InputError, match="is not the language model"):
+    with pytest.raises(InputError, match="language model is not the one"):
         evaluation.main(["../moved my run", "--lm", "demo/gpt2-tiny"])
 
 
@@ -2340,6 +2383,15 @@ def test_a_tokenizer_may_be_vocab_and_merges_alone(lm_folder, tmp_path):
         lamo.load_text(str(lm), str(tmp_path / "words.txt"), 16) for lm in (folder, lm_folder)
     )
     assert np.array_equal(text.tokens, expected.tokens) and len(text.tokens) > 500
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path):
+    """transformers makes an empty one."""
+    folder = shutil.copytree(HERE / "demo" / "gpt2-tiny", tmp_path / "lm")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match="cannot load the tokenizer of --lm"):
+        lamo.load_text(str(folder), "demo/text.txt", 16)
 
 
 def test_what_a_saved_tokenizer_adds_and_cuts_is_turned_off(tmp_path):
@@ -2684,19 +2736,19 @@ BAD_OPTIONS = [
     ("--env none --data {bad}/test/outside-v0", "not in its space"),
     ("--env none --data {bad}/test/column-v0", r"must be integers \(T,\), not int64 \(5, 1\)"),
     ("--data {bad}/test/other-kind-v0", "has the actions Box.*its environment Discrete"),
-    ("--env none --data {bad}/test/multi-v0", "LaMo does vectors"),
-    ("--env eval --data {bad}/test/good-v0", "no environment is recorded; name an environment"),
+    ("--env none --data {bad}/test/multi-v0", "LaMo can take only vectors"),
+    ("--env eval --data {bad}/test/good-v0", "name one, --env ID .*no environment is recorded"),
     ("--data no-such-name", "no-such-name"),
     ("--lm {bad}/folder", "cannot find a language model"),
     ("--lm {bad}/no-json", "cannot find a language model"),
     ("--lm {bad}/no-tokenizer", "lacks weights|no file named"),
-    ("--lm {bad}/bert", "is a bert, whose tokens see later ones"),
+    ("--lm {bad}/bert", "is a bert, which is not causal"),
     ("--lm {bad}/state-space", "LoRA finds none of q_proj"),
     ("--lm {bad}/bart", "bart has an encoder"),
     ("--lm {bad}/remote", "custom code|trust_remote_code"),
     ("--lm {bad}/unknown", "cannot find a language model"),
     ("--lm {bad}/wide", "cannot load --lm"),
-    ("--lm {bad}/cut-weights", "is damaged, delete it"),
+    ("--lm {bad}/cut-weights", "if it is damaged, get it again"),
     ("--lm {bad}/lacking-weights", "h.1.mlp.c_fc.weight"),
     ("--lm {bad}/untied", "lacks weights: lm_head"),
     ("--lm {bad}/few-words", "100 tokens"),
@@ -2714,10 +2766,10 @@ BAD_RESUMES = [
     ("--resume {bad}", "checkpoint.pt"),
     ("--resume {bad}/nowhere", "checkpoint.pt"),
     ("--resume {bad}/cut", "cut"),
-    ("--steps 1 --resume {bad}", "but for --device"),
+    ("--steps 1 --resume {bad}", "only --device"),
     ("--resume {bad}/altered", "checkpoint.pt"),
     ("--resume {bad}/old", "version 3"),
-    ("--resume {bad}/other-lm", "is not the language model"),
+    ("--resume {bad}/other-lm", "language model is not the one"),
 ]
 
 BAD_EVALUATIONS = [
@@ -2725,13 +2777,16 @@ BAD_EVALUATIONS = [
     ("{bad}", "checkpoint.pt"),
     ("{bad}/cut", "cut"),
     ("{bad}/altered", "checkpoint.pt"),
-    ("{bad}/other-lm", "is not the language model"),
+    ("{bad}/other-lm", "language model is not the one"),
     ("{run} --seed -1", "--seed"),
     ("{run} --episodes 0", "--episodes"),
     ("{run} --video out.avi", "must end in .gif or .mp4"),
     ("{run} --targets x", "--targets"),
     ("{run} --device tpu", "tpu"),
-    ("{run} --env Ant-v5", r"name one with --env .*Ant-v5 has .* \(105,\) and \(8,\), the run"),
+    (
+        "{run} --env Ant-v5",
+        r"name one with --env .*Ant-v5 has .* \(105,\) and actions of 8 numbers, but the run",
+    ),
     ("{run} {run}", "unrecognized"),
 ]
 
