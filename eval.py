@@ -273,10 +273,10 @@ def rollout(
     """Run `episodes` episodes for each target, several at a time. Where one ends, another starts.
 
     Args:
-        policy: a torch module in evaluation mode, whose parameters are on the device to use. It has `context` (K, the
-            steps that it sees), and `act(returns_to_go (B, K), states (B, K, S), actions
-            (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act. Numbers are float64,
-            images uint8. One of several choices is one-hot.
+        policy: a torch module in evaluation mode, whose parameters are on the device to use. It has
+            `context` (K, the steps that it sees), and `act(returns_to_go (B, K), states (B, K, S),
+            actions (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act. Numbers are
+            float64, images uint8. One of several choices is one-hot.
         environments: an Environments.
         targets: returns to condition the policy on.
         seed: episode i of each target starts from the environment's seed `seed + i`.
