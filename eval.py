@@ -352,8 +352,8 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
     Args:
         reference: (low, high) returns that score 0 and 100. The others are those of `rollout`.
     Returns:
-        a dict {target as text: row}, where a row is a dict of return_mean, return_std (of the population),
-        return_interval (95 % confidence in the mean, from 10,000 bootstrap samples), score,
+        a dict {target as text: row}, where a row is a dict of return_mean, return_std (of the
+        population), return_interval (95 % confidence in the mean, from 10,000 bootstrap samples), score,
         success (the share of episodes, if the environment reports it), length_mean (in steps), and
         failed, the number of episodes in which the simulator failed. Those count in length_mean
         only. Where all have failed, the other numbers are None.

@@ -240,8 +240,8 @@ class Config:
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A dropout(x): W is frozen; b, A and B train (Hu et al. 2021).
 
-    GPT-2's queries, keys and values are one layer of three `parts`. Each part has an A (r, in) and a
-    B (out / parts, r) of its own.
+    GPT-2's queries, keys and values are one layer of three `parts`. Each part has an A (r, in) and
+    a B (out / parts, r) of its own.
     """
 
     def __init__(self, linear, rank, alpha, dropout, parts):
@@ -420,8 +420,8 @@ class CausalLM(nn.Module):
     """Any other causal language model of transformers as a trunk: Llama, Qwen, Gemma, OPT, Pythia.
 
     It has the methods of GPT2 that LaMo uses. Whatever the model does to embeddings, it still does:
-    positions, learned or rotary, scaling, sliding windows. Its dropout is its own. Raises InputError
-    if the model is not causal.
+    positions, learned or rotary, scaling, sliding windows. Its dropout is its own. Raises
+    InputError if the model is not causal.
     """
 
     # Queries, keys and values: by themselves, or fused in a layer
@@ -505,9 +505,9 @@ class Embedder(nn.Module):
 class ImageEncoder(nn.Module):
     """Convolutions over images. (..., H, W, C) or (..., C, H, W), uint8 -> (..., features)
 
-    The channels are the shorter of the first and the last axis. The layers are those of Mnih et al. (2015),
-    as in the authors' Atari code. Images of fewer than 36 pixels a side have the one layer of
-    MinAtar (Young and Tian 2019), which loses no position. Raises InputError below 3 x 3.
+    The channels are the shorter of the first and the last axis. The layers are those of Mnih et al.
+    (2015), as in the authors' Atari code. Images of fewer than 36 pixels a side have the one layer
+    of MinAtar (Young and Tian 2019), which loses no position. Raises InputError below 3 x 3.
     """
 
     def __init__(self, shape):
@@ -724,7 +724,7 @@ class Trajectories:
         }
 
     def states_at(self, steps):
-        """Return the states of steps (B, K): the last `stack` observations, on an axis of their own.
+        """Return the states of steps (B, K): the last `stack` observations, on their own axis.
 
         Before the first observation of a trajectory, that one is repeated. A stack of one has no
         such axis.
@@ -866,7 +866,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
     with StopSignals(again(out, config)) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
-        # Each iteration logs, saves and evaluates the model after `step` steps, then takes the next.
+        # An iteration logs, saves and evaluates the model after `step` steps, then takes the next.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
             stopping = in_any_process(signals.received)
@@ -909,7 +909,7 @@ def again(out, config):
 
 
 class StopSignals:
-    """Inside its `with` block, Ctrl-C and SIGTERM are caught, so that a run stops between two steps.
+    """Catches Ctrl-C and SIGTERM in its `with` block, so that a run stops between two steps.
 
     A second signal ends the run at once. Only the main thread can catch signals; in any other,
     nothing is caught.
@@ -1220,7 +1220,7 @@ def advice_on(path):
 
 
 def split_episodes(dataset, ratio, seed):
-    """Return the indices of a random share of a MinariDataset's episodes, and those of the others."""
+    """Return the indices of a random share of a MinariDataset's episodes, and of the others."""
     shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
     return np.split(shuffled, [int(ratio * len(shuffled) + 1e-9)])
 
@@ -1303,7 +1303,7 @@ def evaluation_spec(dataset, env):
 
     That is not always where the dataset says to evaluate, `--env eval`: in Minari's antmaze-umaze
     that is another maze (Minari's issue 304). If it cannot be made, a task brings its own, except
-    for a kitchen, whose subtasks only the dataset knows. Raises any error if there is no environment.
+    for a kitchen, whose subtasks only the dataset knows. Raises any error if there is none.
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
