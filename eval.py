@@ -393,17 +393,19 @@ def format_scores(scores, reference):
     """Return the table of an evaluation as text: a line for each target, the best one marked."""
     best, _ = best_target(scores)
     width = max([8, *map(len, scores)])
-    lines = [f"{'target':>{width}} {'return':>18} {'95 % interval':>19} {'score':>7} {'length':>7}"]
+    title = f"{'target':>{width}} {'return':>18} {'95 % interval':>19} {'score':>7} {'length':>7}"
     reports_success = any("success" in row for row in scores.values())
     if reports_success:
-        lines[0] += f" {'success':>8}"
+        title += f" {'success':>8}"
+    lines = [title]
     for target, row in scores.items():
         mean_and_std, interval, score = "", "", ""
         if row["return_mean"] is not None:
             mean_and_std = f"{row['return_mean']:.1f} ± {row['return_std']:.1f}"
             interval = "{:.1f} to {:.1f}".format(*row["return_interval"])
             score = f"{row['score']:.1f}"
-        line = f"{target:>{width}} {mean_and_std:>18} {interval:>19} {score:>7} {row['length_mean']:7.1f}"
+        line = f"{target:>{width}} {mean_and_std:>18} {interval:>19} {score:>7}"
+        line += f" {row['length_mean']:7.1f}"
         if reports_success:
             line += f" {100 * row['success']:7.0f}%" if "success" in row else " " * 9
         if row["failed"] > 0:

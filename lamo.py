@@ -1496,8 +1496,8 @@ def prepare(config, title):
         "image_shape": observation_space.shape if len(observation_space.shape) == 3 else None,
     }
     model = LaMo(trunk, config.embed, config.context, **arguments).to(config.device)
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model   {config.method} on {config.lm}: {trained:,} of {total:,} parameters train")
 
     # Text, for the language loss

@@ -23,7 +23,6 @@ from results.make import (
     OTHERS,
     SIX,
     TASKS,
-    THIRDS,
     TRAINED,
     VARIANTS,
     finished,
@@ -45,7 +44,8 @@ NAMES = {
 MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHERS]
 COMPARISONS = {  # tasks and methods, by name; the first method is the one that others differ from
     "methods": (MAIN, [*COMPARED]),
-    "data": ([*LESS_HOPPER, *LESS_KITCHEN, *THIRDS], [*COMPARED]),
+    "less-hopper": ([*LESS_HOPPER, "hopper 30%"], [*COMPARED]),
+    "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], [*COMPARED]),
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
@@ -191,10 +191,11 @@ def draw_longer(table, tasks, methods, path):
 
 def main():
     table = read_table()
-    lines = [*settings_lines(table), ""]
+    lines, shown = [*settings_lines(table), ""], []
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
-        if len(tasks) > 1 and len(methods) > 1:
+        if len(tasks) > 1 and len(methods) > 1 and (tasks, methods) not in shown:
+            shown.append((tasks, methods))
             lines += [*table_lines(table, tasks, methods), ""]
             draw(table, tasks, methods, HERE / f"{name}.png")
     tasks, methods = complete(table, *LONGER)

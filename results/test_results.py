@@ -108,10 +108,8 @@ def test_losses_in_the_page_are_those_of_the_runs():
         if settings.get((row["method"], domain)) == row["options"].replace("--", ""):
             if int(row["seed"]) < 100:
                 runs[row["task"], row["method"]].append(row)
-    lines = re.findall(
-        r"(?m)^\| (kitchen-partial.*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page
-    )
-    assert len(lines) == 3
+    lines = re.findall(r"(?m)^\| ([a-z].*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page)
+    assert len(lines) == 5
     language = defaultdict(list)
     for task, *cells in lines:
         columns = itertools.product(("lamo", "dt"), ("train_loss", "held_out_loss"))
@@ -145,6 +143,18 @@ def test_settings_are_those_that_tuning_found_best():
         assert min(rates) < float(options.split()[1]) < max(rates)
         least = min(scores[name]["100"] for name in twice)
         assert all(pair["100"] <= least for name, pair in scores.items() if name not in twice)
+
+
+def test_the_demo_has_the_settings_of_the_comparison():
+    for (method, domain), options in read_settings().items():
+        for task in make.DOMAINS[domain]:
+            config, _ = lamo.configure(
+                {"env": task.split()[0].strip(","), "demo": True, "method": method}
+            )
+            words = options.split()
+            for name, value in zip(words[::2], words[1::2], strict=True):
+                assert getattr(config, name.replace("-", "_")) == float(value)
+            assert config.lora_rank == (0 if method == "dt" else 16)
 
 
 def test_tuning_tries_more_where_the_edge_wins():
