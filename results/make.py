@@ -91,7 +91,10 @@ SIX = ["hopper", "hopper 10%", "walker2d", "halfcheetah", "kitchen-partial", "re
 QUESTIONS = [  # in the order in which they are answered: tasks, and the methods that run on them
     (LESS_KITCHEN, LAMO_AND_DT),
     (["hopper 10%", "hopper 3%"], LAMO_AND_DT),
-    (["reacher2d", "hopper"], LAMO_AND_DT),
+    (["reacher2d"], LAMO_AND_DT),
+    (["reacher2d"], ["random trunk"]),
+    (["reacher2d"], VARIANTS),
+    (["hopper"], LAMO_AND_DT),
     (["kitchen-partial 10%, longer", "hopper 3%, longer"], LAMO_AND_DT + TRAINED),
     ([*OTHERS, "kitchen-partial 30%", "hopper 30%"], LAMO_AND_DT),
     (["reacher2d", *LESS_KITCHEN, *LESS_HOPPER, *OTHERS], ["wiki-rl"]),
