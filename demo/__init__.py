@@ -22,13 +22,30 @@ SETTINGS = {
     "warmup": 100,
     "eval_every": 1000,
 }
-# What results/make.py found best for a method: in general (on hopper 10 %), and on other tasks
-TUNED = {
-    "lamo": {"lr": 1e-2, "dropout": 0.1},
-    "dt": {"lr": 1e-2},
-    "wiki-rl": {"lr": 3e-3},  # results/first/
+TUNED = {  # by results/make.py, for each domain; for other tasks, and for Wiki-RL, by results/first/
+    "lamo": {
+        "locomotion": {"lr": 1e-2, "dropout": 0.1},
+        "kitchen": {"lr": 3e-3, "dropout": 0.1},
+        "reacher2d": {"lr": 3e-3, "lora_dropout": 0.0},
+        None: {"lr": 1e-2, "lora_rank": 64},
+    },
+    "dt": {
+        "locomotion": {"lr": 1e-2},
+        "kitchen": {"lr": 3e-3, "dropout": 0.1},
+        "reacher2d": {"lr": 1e-3},
+        None: {"lr": 1e-2, "dropout": 0.1},
+    },
+    "wiki-rl": {None: {"lr": 3e-3}},
 }
-TUNED_KITCHEN = {"lamo": {"lr": 3e-3}, "dt": {"lr": 3e-3, "dropout": 0.1}}
+DOMAINS = {
+    "hopper": "locomotion",
+    "halfcheetah": "locomotion",
+    "walker2d": "locomotion",
+    "kitchen-complete": "kitchen",
+    "kitchen-partial": "kitchen",
+    "kitchen-mixed": "kitchen",
+    "reacher2d": "reacher2d",
+}
 
 # Tasks whose data is ours. reacher2d is the paper's, but Minari has no data of it.
 TASKS = {
@@ -54,9 +71,8 @@ def settings(env, method):
 
     A task without data in the demo keeps its own.
     """
-    options = SETTINGS | TUNED[method]
-    if "kitchen" in str(env):
-        options |= TUNED_KITCHEN.get(method, {})
+    tuned = TUNED[method]
+    options = SETTINGS | tuned.get(DOMAINS.get(env), tuned[None])
     if (HERE / "lamo" / str(env)).exists():
         options["data"] = f"demo/lamo/{env}/demo-v0"
     return options

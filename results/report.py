@@ -46,6 +46,7 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "methods": (MAIN, [*COMPARED]),
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], [*COMPARED]),
     "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], [*COMPARED]),
+    "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS]),
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
@@ -133,11 +134,13 @@ def settings_lines(table):
 
 
 def draw(table, tasks, methods, path):
-    """Draw a panel for all tasks and one for each, with a row for each method.
+    """Draw a panel for all tasks and, if there are several, one for each; a row for each method.
 
     Dots are seeds. The interval of the first method is shaded.
     """
-    groups = [tasks, *([task] for task in tasks)]
+    groups = [[task] for task in tasks]
+    if len(tasks) > 1:
+        groups.insert(0, tasks)
     columns = min(3 if len(groups) % 4 == 1 else 4, len(groups))  # no line of a single panel
     lines = math.ceil(len(groups) / columns)
     size = 1 + 2.5 * columns, lines * (0.9 + 0.27 * len(methods))
@@ -194,7 +197,7 @@ def main():
     lines, shown = [*settings_lines(table), ""], []
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
-        if len(tasks) > 1 and len(methods) > 1 and (tasks, methods) not in shown:
+        if tasks and len(methods) > 1 and (tasks, methods) not in shown:
             shown.append((tasks, methods))
             lines += [*table_lines(table, tasks, methods), ""]
             draw(table, tasks, methods, HERE / f"{name}.png")

@@ -147,6 +147,8 @@ def test_settings_are_those_that_tuning_found_best():
 
 def test_the_demo_has_the_settings_of_the_comparison():
     for (method, domain), options in read_settings().items():
+        if method not in lamo.METHODS:
+            continue  # a variant
         for task in make.DOMAINS[domain]:
             config, _ = lamo.configure(
                 {"env": task.split()[0].strip(","), "demo": True, "method": method}
