@@ -1347,8 +1347,8 @@ def test_command_line_from_start_to_end(trained, lm_folder):
 
 def test_what_is_given_goes_before_the_method_and_that_before_the_demo():
     expected = {
-        "lamo": (1e-2, 0.0, 64, 4, 0.1),
-        "dt": (1e-2, 0.1, 0, 1, 0.0),
+        "lamo": (1e-2, 0.1, 16, 4, 0.1),
+        "dt": (1e-2, 0.0, 0, 1, 0.0),
         "wiki-rl": (3e-3, 0.0, 0, 4, 0.1),
     }
     for method, values in expected.items():
@@ -1365,7 +1365,7 @@ def test_what_is_given_goes_before_the_method_and_that_before_the_demo():
 
 def test_two_processes_equal_one(tmp_path, lm_folder):
     """Gradients of half a batch each add up to those of one: with windows that end early, text, and shared episodes."""
-    options = f"{SHORT} --context 100 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
+    options = f"{SHORT} --context 100 --dropout 0 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
     for script, out in (
         ("lamo.py", "one"),
         ("-m torch.distributed.run --standalone --nproc-per-node 2 lamo.py", "two"),
@@ -1847,7 +1847,9 @@ def test_what_a_policy_cannot_do_is_refused_without_an_environment_too(tmp_path)
     episodes = [(np.zeros((6, 3)), np.zeros((5, 2), int), np.ones(5))]
     spaces = {"observation_space": gym.spaces.Box(-9, 9, (3,)), "action_space": space}
     folder = save_dataset("test/multi-v0", None, episodes, **spaces)
-    with pytest.raises(InputError, match="its actions are MultiDiscrete.*; LaMo does vectors"):
+    with pytest.raises(
+        InputError, match="its actions are MultiDiscrete.*; LaMo can take only vectors"
+    ):
         start(folder, tmp_path / "run", "--env", "none")
 
 
