@@ -44,19 +44,21 @@ def spec_of(env_id, recorded=None):
     if module:
         importlib.import_module(module)  # it registers the environment
     registered = gym.spec(name)
-    kwargs, limit = registered.kwargs, registered.max_episode_steps
     recorded = json.loads(recorded or "{}")
-    if recorded.get("id") == registered.id:
-        kwargs = kwargs | recorded.get("kwargs", {})
-        limit = recorded.get("max_episode_steps")
-    return rebuilt(registered, kwargs, limit, ())
+    if recorded.get("id") != registered.id:
+        recorded = {"max_episode_steps": registered.max_episode_steps}
+    return with_settings(registered, recorded, ())
 
 
-def rebuilt(registered, kwargs, limit, wrappers):
-    """Return a copy of a registered EnvSpec. Some specs store the limit of steps as a float."""
-    limit = int(limit) if limit else None
-    changes = {"kwargs": dict(kwargs), "max_episode_steps": limit}
-    return replace(registered, additional_wrappers=wrappers, **changes)
+def with_settings(registered, recorded, wrappers):
+    """Return a copy of a registered EnvSpec, with the settings of a recorded one, a dict."""
+    kwargs, limit = recorded.get("kwargs", {}), recorded.get("max_episode_steps")
+    return replace(
+        registered,
+        kwargs=registered.kwargs | kwargs,
+        max_episode_steps=int(limit) if limit else None,  # some specs store it as a float
+        additional_wrappers=wrappers,
+    )
 
 
 def spec_to_json(spec):
@@ -91,8 +93,7 @@ def spec_from_json(text):
         is_known = known and wrapper.entry_point == f"{known.__module__}:{known.__name__}"
         if not is_known or wrapper.kwargs is None or wrapper.name in LOST_WRAPPERS:
             raise ValueError(f"the wrapper {wrapper.name} of {registered.id} cannot be rebuilt")
-    kwargs = registered.kwargs | recorded.get("kwargs", {})
-    return rebuilt(registered, kwargs, recorded.get("max_episode_steps"), tuple(wrappers))
+    return with_settings(registered, recorded, tuple(wrappers))
 
 
 def seen(observation):
@@ -353,10 +354,10 @@ def evaluate(policy, environments, targets, episodes, seed, reference, delayed=F
         reference: (low, high) returns that score 0 and 100. The others are those of `rollout`.
     Returns:
         a dict {target as text: row}, where a row is a dict of return_mean, return_std (of the
-        population), return_interval (95 % confidence in the mean, from 10,000 bootstrap samples), score,
-        success (the share of episodes, if the environment reports it), length_mean (in steps), and
-        failed, the number of episodes in which the simulator failed. Those count in length_mean
-        only. Where all have failed, the other numbers are None.
+        population), return_interval (95 % confidence in the mean, from 10,000 bootstrap samples),
+        score, success (the share of episodes, if the environment reports it), length_mean (in
+        steps), and failed, the number of episodes in which the simulator failed. Those count in
+        length_mean only. Where all have failed, the other numbers are None.
     """
     was_training = policy.training
     policy.eval()
@@ -466,13 +467,12 @@ def main(arguments):
         "eval.py", usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
-    target, count, any_seed = lamo.number(float, -1e9, 1e9), lamo.COUNT, lamo.COUNT_OR_ZERO
     add("folder", help="folder of a run of lamo.py")
-    add("--targets", type=target, nargs="+", help="target returns; default: the run's")
-    add("--episodes", type=count, help="episodes per target; default: the run's")
+    add("--targets", type=lamo.TARGET, nargs="+", help="target returns; default: the run's")
+    add("--episodes", type=lamo.COUNT, help="episodes per target; default: the run's")
     add(
         "--seed",
-        type=any_seed,
+        type=lamo.COUNT_OR_ZERO,
         help="environment's seed of the first episode; default: 10,000 times the run's seed",
     )
     add("--env", help="environment to evaluate in, ID or module:ID; default: the run's")

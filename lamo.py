@@ -155,6 +155,7 @@ COUNT = number(int, 1)
 COUNT_OR_ZERO = number(int, 0)
 AMOUNT = number(float, 0, 1e9)
 SHARE = number(float, 0, 1)
+TARGET = number(float, -1e9, 1e9)
 
 
 GROUPS = {  # headings in --help, each by the option that it precedes
@@ -219,7 +220,7 @@ class Config:
 
     # evaluation
     targets: list[float] | None = option(
-        None, "target returns; default: the task's", type=number(float, -1e9, 1e9), nargs="+"
+        None, "target returns; default: the task's", type=TARGET, nargs="+"
     )
     episodes: int = option(20, "episodes per target", type=number(int, 1, 10_000))
     max_steps: int | None = option(
@@ -1309,21 +1310,22 @@ def evaluation_spec(dataset, env):
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
     if env == "eval" or not recorded:
         recorded = for_evaluation
+    task = TASKS.get(env, OTHER_TASK)
     if env not in (None, "eval", *TASKS):
         for wrapper in json.loads(recorded or "{}").get("additional_wrappers", ()):
             print(f"evaluating without the dataset's wrapper {wrapper['name']}")
-        return spec_of(env, recorded)
-    if for_evaluation not in (None, recorded):
-        print("the dataset has another environment for evaluations; to take it, add --env eval")
-    task = TASKS.get(env, OTHER_TASK)
-    try:
-        spec = spec_from_json(recorded)
-        gym.make(spec).close()
-    except Exception as error:  # environments raise anything
-        if task.env_id in (None, KITCHEN):
-            raise
-        print(f"evaluating in {task.env_id}, not in the dataset's own environment: {error}")
-        spec = spec_of(task.env_id)
+        spec = spec_of(env, recorded)
+    else:
+        if for_evaluation not in (None, recorded):
+            print("the dataset has another environment for evaluations; to take it, add --env eval")
+        try:
+            spec = spec_from_json(recorded)
+            gym.make(spec).close()
+        except Exception as error:  # environments raise anything
+            if task.env_id in (None, KITCHEN):
+                raise
+            print(f"evaluating in {task.env_id}, not in the dataset's own environment: {error}")
+            spec = spec_of(task.env_id)
     if task.env_id and spec.name != spec_of(task.env_id).name:
         raise InputError(f"the dataset was recorded in {spec.id}, not in {env}; leave out --env")
     if spec.name == "FrankaKitchen":

@@ -1558,6 +1558,13 @@ def test_kitchen_pays_once_for_each_subtask(kitchen):
     assert sum(map(sum, expected)) == 6
 
 
+def test_a_kitchen_that_is_named_pays_once_too(kitchen):
+    dataset = minari.MinariDataset(kitchen[0] / "data")
+    named, recorded = (lamo.evaluation_spec(dataset, env) for env in (lamo.KITCHEN, None))
+    assert named.kwargs == recorded.kwargs and named.kwargs["remove_task_when_completed"]
+    assert len(named.kwargs["tasks_to_complete"]) == 4
+
+
 def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(kitchen[0].parents[2]))  # found there by its id
     options = f"{SHORT} --ratio 1 --env kitchen-complete --data D4RL/kitchen/complete-v2 --targets 4 --bf16"
@@ -1755,7 +1762,10 @@ def test_an_environment_of_ones_own_has_to_be_named(tmp_path):
     named = ["--env", "mine:Mine-v0"]
     paths = {"PYTHONPATH": f"{HERE}{os.pathsep}{tmp_path}"}
     for arguments, words in (
-        (run, "Gymnasium does not know the environment Mine-v0"),
+        (
+            run,
+            "--env ID or module:ID, or --env none (Gymnasium does not know the environment Mine-v0",
+        ),
         (run + named, ""),
         (again, "name one with --env"),
         (again + named, ""),
@@ -2785,6 +2795,7 @@ BAD_EVALUATIONS = [
     ("{run} --video out.avi", "must end in .gif or .mp4"),
     ("{run} --targets x", "--targets"),
     ("{run} --device tpu", "tpu"),
+    ("{run} --targets nan", "--targets"),
     (
         "{run} --env Ant-v5",
         r"name one with --env .*Ant-v5 has .* \(105,\) and actions of 8 numbers, but the run",

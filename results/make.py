@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+import demo
 from eval import best_target
 
 HERE = Path(__file__).resolve().parent
@@ -37,33 +38,28 @@ COLUMNS += ["train_loss", "held_out_loss", "text_loss_before", "text_loss_after"
 COLUMNS += ["documents_loss_before", "documents_loss_after", "minutes", "commit"]
 
 LONGER = "--steps 10000 --eval-every 1000 --episodes 10"
-DOMAINS = {  # the options of each task
-    "locomotion": {
-        "hopper": "--env hopper",
-        "hopper 30%": "--env hopper --ratio 0.3",
-        "hopper 10%": "--env hopper --ratio 0.1",
-        "hopper 3%": "--env hopper --ratio 0.03",
-        "hopper 3%, longer": f"--env hopper --ratio 0.03 {LONGER}",
-        "hopper delayed": "--env hopper --delayed",
-        "halfcheetah": "--env halfcheetah",
-        "halfcheetah 10%": "--env halfcheetah --ratio 0.1",
-        "walker2d": "--env walker2d",
-        "walker2d 10%": "--env walker2d --ratio 0.1",
-    },
-    "kitchen": {
-        "kitchen-complete": "--env kitchen-complete",
-        "kitchen-mixed": "--env kitchen-mixed",
-        "kitchen-partial": "--env kitchen-partial",
-        "kitchen-partial 30%": "--env kitchen-partial --ratio 0.3",
-        "kitchen-partial 10%": "--env kitchen-partial --ratio 0.1",
-        "kitchen-partial 10%, longer": f"--env kitchen-partial --ratio 0.1 {LONGER}",
-        "kitchen-partial 3%": "--env kitchen-partial --ratio 0.03",
-    },
-    "reacher2d": {"reacher2d": "--env reacher2d"},
+TASKS = {  # the options of each
+    "hopper": "--env hopper",
+    "hopper 30%": "--env hopper --ratio 0.3",
+    "hopper 10%": "--env hopper --ratio 0.1",
+    "hopper 3%": "--env hopper --ratio 0.03",
+    "hopper 3%, longer": f"--env hopper --ratio 0.03 {LONGER}",
+    "hopper delayed": "--env hopper --delayed",
+    "halfcheetah": "--env halfcheetah",
+    "halfcheetah 10%": "--env halfcheetah --ratio 0.1",
+    "walker2d": "--env walker2d",
+    "walker2d 10%": "--env walker2d --ratio 0.1",
+    "kitchen-complete": "--env kitchen-complete",
+    "kitchen-mixed": "--env kitchen-mixed",
+    "kitchen-partial": "--env kitchen-partial",
+    "kitchen-partial 30%": "--env kitchen-partial --ratio 0.3",
+    "kitchen-partial 10%": "--env kitchen-partial --ratio 0.1",
+    "kitchen-partial 10%, longer": f"--env kitchen-partial --ratio 0.1 {LONGER}",
+    "kitchen-partial 3%": "--env kitchen-partial --ratio 0.03",
+    "reacher2d": "--env reacher2d",
 }
+DOMAIN = {task: demo.DOMAINS[options.split()[1]] for task, options in TASKS.items()}
 TUNED_ON = {"locomotion": "hopper 10%", "kitchen": "kitchen-partial", "reacher2d": "reacher2d"}
-TASKS = {task: options for tasks in DOMAINS.values() for task, options in tasks.items()}
-DOMAIN = {task: domain for domain, tasks in DOMAINS.items() for task in tasks}
 
 COMPARED = {
     "lamo": "--method lamo --lora-rank 16",

@@ -69,7 +69,7 @@ def read_table():
 
 
 def complete(table, tasks, methods):
-    """Return the methods that have run on any of the tasks, and the tasks on which all of them have."""
+    """Drop the methods that have run on none of the tasks, then the tasks on which any other has not."""
     methods = [method for method in methods if any((task, method) in table for task in tasks)]
     tasks = [task for task in TASKS if task in tasks]
     return [task for task in tasks if all((task, method) in table for method in methods)], methods

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
+import demo
 import lamo
 from lamo import GPT2, Config
 from results import baselines, make, plot, run, timing
@@ -149,10 +150,11 @@ def test_the_demo_has_the_settings_of_the_comparison():
     for (method, domain), options in read_settings().items():
         if method not in lamo.METHODS:
             continue  # a variant
-        for task in make.DOMAINS[domain]:
-            config, _ = lamo.configure(
-                {"env": task.split()[0].strip(","), "demo": True, "method": method}
-            )
+        for options_of_task in make.TASKS.values():
+            env = options_of_task.split()[1]
+            if demo.DOMAINS[env] != domain:
+                continue
+            config, _ = lamo.configure({"env": env, "demo": True, "method": method})
             words = options.split()
             for name, value in zip(words[::2], words[1::2], strict=True):
                 assert getattr(config, name.replace("-", "_")) == float(value)
@@ -207,7 +209,7 @@ def test_run_trains_as_lamo_does_and_measures_more(lm_folder, tmp_path, monkeypa
         for number, episode in everything.items()
     }
     chosen, others = lamo.split_episodes(dataset, config.ratio, config.seed)
-    assert 0 < len(chosen) and len(chosen) + len(others) == len(everything)
+    assert 0 < len(chosen) < len(everything) == len(chosen) + len(others)
     assert all(is_chosen[number] for number in chosen)
     assert not any(is_chosen[number] for number in others)
 
