@@ -75,7 +75,8 @@ VARIANTS = {  # of LaMo, each without one or more of its parts
     "linear embedders": f"{COMPARED['lamo']} --embed linear",
 }
 METHODS = COMPARED | VARIANTS
-BASELINES = ["bc", "best-bc", "td3-bc", "iql", "cql"]  # of results/baselines.py
+CHEAP_BASELINES = ["bc", "best-bc", "td3-bc", "iql"]  # of results/baselines.py
+BASELINES = [*CHEAP_BASELINES, "cql"]  # CQL's step takes as long as eight of IQL's
 
 LAMO_AND_DT = ["lamo", "dt"]
 TRAINED = ["all trained", "random trunk, all trained"]
@@ -90,6 +91,7 @@ QUESTIONS = [  # in the order in which they are answered: tasks, and the methods
     (["reacher2d"], LAMO_AND_DT),
     (["reacher2d"], ["random trunk"]),
     (["reacher2d"], VARIANTS),
+    (list(TUNED_ON.values()), CHEAP_BASELINES),
     (["hopper"], LAMO_AND_DT),
     (["kitchen-partial 10%, longer", "hopper 3%, longer"], LAMO_AND_DT + TRAINED),
     ([*OTHERS, "kitchen-partial 30%", "hopper 30%"], LAMO_AND_DT),
