@@ -206,8 +206,9 @@ class Environments:
                 raise ValueError(f"an observation has the shape {observation.shape}")
             if not (np.isfinite(observation).all() and np.isfinite(reward)):
                 raise ArithmeticError("an observation or a reward is not finite")
-            success = info.get("success", info.get("is_success", np.nan))
-            return observation, reward, terminated or truncated, float(np.squeeze(success))
+            success = info.get("success", info.get("is_success"))
+            success = np.nan if success is None else float(np.squeeze(success))
+            return observation, reward, terminated or truncated, success
         except Exception as error:  # environments raise anything
             tqdm.write(f"an episode of {self.spec.id} failed: {error!r}")
             self.envs[row] = self.make()

@@ -865,7 +865,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     scores = {}
     model.train()
 
-    with StopSignals(again(out, config)) as signals:
+    with StopSignals(again(out, config.env)) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
         # An iteration logs, saves and evaluates the model after `step` steps, then takes the next.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
@@ -903,10 +903,10 @@ def first_seed(config):
     return 10_000 * config.seed
 
 
-def again(out, config):
+def again(out, env):
     """Return how a command names a run: by its folder, and by --env if that imports a module."""
     folder = shlex.quote(str(out))
-    return f"{folder} --env {config.env}" if ":" in str(config.env) else folder
+    return f"{folder} --env {env}" if ":" in str(env) else folder
 
 
 class StopSignals:
@@ -1150,6 +1150,7 @@ def tokenize(text, tokenizer):
     the whole text, and memory does not depend on its lines. Tokenizers of another kind may differ
     at a cut, once in 50,000 characters.
     """
+    # The longest piece that ends where a space and a word follow; without any, 50,000 characters
     pieces = re.findall(r"(?s).{1,50000}(?<=\S)(?= \S)|.{1,50000}", text)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts = [np.empty(0, dtype)]
@@ -1303,34 +1304,43 @@ def evaluation_spec(dataset, env):
     """Return the EnvSpec to evaluate in: what the user names, else where the data was recorded.
 
     That is not always where the dataset says to evaluate, `--env eval`: in Minari's antmaze-umaze
-    that is another maze (Minari's issue 304). If it cannot be made, a task brings its own, except
-    for a kitchen, whose subtasks only the dataset knows. Raises any error if there is none.
+    that is another maze (Minari's issue 304). Raises any error if there is none.
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
     if env == "eval" or not recorded:
         recorded = for_evaluation
-    task = TASKS.get(env, OTHER_TASK)
-    if env not in (None, "eval", *TASKS):
+    if env in (None, "eval", *TASKS):
+        if for_evaluation not in (None, recorded):
+            print("the dataset has another environment for evaluations; to take it, add --env eval")
+        spec = recorded_spec(recorded, env)
+    else:
         for wrapper in json.loads(recorded or "{}").get("additional_wrappers", ()):
             print(f"evaluating without the dataset's wrapper {wrapper['name']}")
         spec = spec_of(env, recorded)
-    else:
-        if for_evaluation not in (None, recorded):
-            print("the dataset has another environment for evaluations; to take it, add --env eval")
-        try:
-            spec = spec_from_json(recorded)
-            gym.make(spec).close()
-        except Exception as error:  # environments raise anything
-            if task.env_id in (None, KITCHEN):
-                raise
-            print(f"evaluating in {task.env_id}, not in the dataset's own environment: {error}")
-            spec = spec_of(task.env_id)
-    if task.env_id and spec.name != spec_of(task.env_id).name:
-        raise InputError(f"the dataset was recorded in {spec.id}, not in {env}; leave out --env")
     if spec.name == "FrankaKitchen":
         spec.kwargs["remove_task_when_completed"] = True
         spec.kwargs["terminate_on_tasks_completed"] = True
+    return spec
+
+
+def recorded_spec(recorded, env):
+    """Return the EnvSpec that a dataset recorded, from text.
+
+    If it cannot be made, a task brings its own, except for a kitchen, whose subtasks only the
+    dataset knows. Raises InputError if the task has another environment.
+    """
+    task = TASKS.get(env, OTHER_TASK)
+    try:
+        spec = spec_from_json(recorded)
+        gym.make(spec).close()
+    except Exception as error:  # environments raise anything
+        if task.env_id in (None, KITCHEN):
+            raise
+        print(f"evaluating in {task.env_id}, not in the dataset's own environment: {error}")
+        spec = spec_of(task.env_id)
+    if task.env_id and spec.name != spec_of(task.env_id).name:
+        raise InputError(f"the dataset was recorded in {spec.id}, not in {env}; leave out --env")
     return spec
 
 
@@ -1355,8 +1365,8 @@ def write_checkpoint(path, model, header, state):
             if not parameter.requires_grad:
                 del weights[name]
     partial = path.with_suffix(".partial")
-    folder = shlex.quote(str(path.parent))
-    with on_error(f"cannot write {path}; free some space, then start again, or --resume {folder}"):
+    run = again(path.parent, header["config"]["env"])
+    with on_error(f"cannot write {path}; free some space, then start again, or --resume {run}"):
         try:
             with open(partial, "wb") as file:
                 torch.save({"version": VERSION, "header": header, "weights": weights} | state, file)
@@ -1608,7 +1618,7 @@ def run(config, title, out, checkpoint=None):
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
     if rank_and_world()[0] == 0:
-        with StopSignals(again(out, config)) as signals, signals.at_once():
+        with StopSignals(again(out, config.env)) as signals, signals.at_once():
             report(config, header, model, text, scores, out)
         print(f"{time.time() - started:.0f} s, all in {out}")
 
@@ -1642,7 +1652,7 @@ def report(config, header, model, text, scores, out):
     if scores and not best:
         raise InputError("every episode of the evaluation failed, see above; the weights are saved")
     if scores:
-        print(f"evaluate it again: python eval.py {again(out, config)}")
+        print(f"evaluate it again: python eval.py {again(out, config.env)}")
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1736,10 +1746,10 @@ def fetch(config):
 
 
 @contextmanager
-def run_folder(out):
+def run_folder(out, env):
     """Make the folder of a new run. Remove it if the run ends before its first checkpoint."""
-    folder = shlex.quote(str(out))
-    with on_error(f"cannot make {out}; choose another --out, delete it, or --resume {folder}"):
+    run = again(out, env)
+    with on_error(f"cannot make {out}; choose another --out, delete it, or --resume {run}"):
         out.mkdir(parents=True)
     try:
         yield
@@ -1771,7 +1781,7 @@ def main(arguments):
     name = f"{name}-{config.method}-{config.ratio:g}-{config.seed}"
     out = Path(config.out or f"runs/{name}{'-demo' if config.demo else ''}")
     print(title, flush=True)
-    with run_folder(out) if rank_and_world()[0] == 0 else nullcontext():
+    with run_folder(out, config.env) if rank_and_world()[0] == 0 else nullcontext():
         run(config, title, out)
 
 

@@ -1025,7 +1025,7 @@ def test_learning_rate_warms_up_then_stays_or_falls():
     assert rates[10:] == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(100)])
 
 
-HEADER = {"reference": (0, 100), "config": {"lm": "none"}, "lm_checksum": None}
+HEADER = {"reference": (0, 100), "config": {"lm": "none", "env": None}, "lm_checksum": None}
 
 
 def hopper_run(out, **changes):
@@ -2030,7 +2030,9 @@ class Goals(gym.Env):
         self.time += 1
         self.x += action - 6
         success = abs(self.x - 3) < 0.5
-        return self.observe(), float(success), False, False, {"is_success": success}
+        is_known = success or self.time > 1
+        info = {"is_success": success if is_known else None}
+        return self.observe(), float(success), False, False, info
 
 
 class Pictures(gym.Env):
@@ -2530,6 +2532,9 @@ def test_runs_never_share_a_folder(tmp_path, monkeypatch):
     before = (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text()
     with pytest.raises(InputError, match="delete it, or --resume runs/hopper-dt-0.1-0-demo"):
         lamo.main(f"{SHORT} --method dt".split())
+    with pytest.raises(InputError, match=r"--resume \S+runs --env mine:Arm-v0"):
+        with lamo.run_folder(tmp_path / "runs", "mine:Arm-v0"):
+            pass
     assert (tmp_path / "runs" / "hopper-dt-0.1-0-demo" / "log.jsonl").read_text() == before
 
 
