@@ -62,7 +62,7 @@ def read_table():
     for task, domain in DOMAIN.items():
         for method in NAMES | VARIANTS:
             options, _ = tune(method, domain, runs)
-            jobs = [(task, method, options, seed) for seed in seeds_of(method)]
+            jobs = [(task, method, options, seed) for seed in seeds_of(task, method)]
             if all(job in runs for job in jobs):
                 table[task, method] = [runs[job] for job in jobs]
     return table
