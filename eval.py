@@ -62,8 +62,11 @@ def with_settings(registered, recorded, wrappers):
 
 
 def spec_to_json(spec):
-    """Return an EnvSpec as text for `spec_from_json`; None if a function makes the environment."""
-    return spec.to_json() if isinstance(spec.entry_point, str) else None
+    """Return an EnvSpec as text for `spec_from_json`; None if it holds what text cannot express."""
+    try:
+        return spec.to_json() if isinstance(spec.entry_point, str) else None
+    except TypeError:  # a setting that is an array or a function
+        return None
 
 
 def spec_from_json(text):
@@ -108,10 +111,10 @@ def seen(observation):
 
 
 def policy_spaces(env):
-    """Return the Boxes of what a policy sees and does in an environment, or a Minari dataset.
+    """Return the Boxes of a policy's observations and actions in an environment or MinariDataset.
 
-    It sees vectors, or images of uint8 with three axes. It does vectors, which are one-hot where an
-    action is one of several choices (Discrete). Raises ValueError if the spaces are others.
+    Observations are vectors, or images of uint8 with three axes. Actions are vectors, one-hot where
+    an action is one of several choices (Discrete). Raises ValueError if the spaces are others.
     """
 
     def is_vector(space):
@@ -122,10 +125,12 @@ def policy_spaces(env):
         entries = sorted(observations.items())
         entries = {name: part for name, part in entries if not isinstance(part, Dict)}
         if not entries:
-            raise ValueError("its observations have no vectors, but those in nested dicts")
+            raise ValueError(
+                "its observations have vectors only in nested dicts, which are ignored"
+            )
         for name, part in entries.items():
             if not is_vector(part):
-                raise ValueError(f"the entry {name} of its observations is no vector, but {part}")
+                raise ValueError(f"the entry {name} of its observations is {part}, not a vector")
         observations = gym.spaces.flatten_space(gym.spaces.Tuple(entries.values()))
     is_image = len(observations.shape or ()) == 3 and observations.dtype == np.uint8
     if not (is_vector(observations) or is_image):
@@ -149,7 +154,7 @@ class Environments:
         num_envs: the most copies to run at a time, at most NUM_ENVS.
         render_mode: Gymnasium's, for `rollout` to take pictures.
     Raises:
-        ValueError: a policy cannot see its observations or do its actions; see `policy_spaces`.
+        ValueError: a policy cannot handle its observations or actions; see `policy_spaces`.
     """
 
     def __init__(self, spec, num_envs=NUM_ENVS, render_mode=None):
@@ -313,9 +318,9 @@ def rollout(
         for row in free:
             episode[row] = waiting.pop(0)
         seeds = [int(seed + number % episodes) for number in episode[free]]
-        for row, (state, reward, ended, _) in zip(free, environments.reset(free, seeds)):
+        for row, (state, _, ended, _) in zip(free, environments.reset(free, seeds)):
             if ended:  # the simulator failed
-                returns[episode[row]] = reward
+                returns[episode[row]] = np.nan
                 end(row)
             else:
                 histories.add(row, target_of[episode[row]], state)
@@ -327,9 +332,9 @@ def rollout(
         actions = histories.act(policy, batch)[: len(running)]
 
         # Step the environments.
-        steps = environments.step(running, actions)
         if frames is not None and lengths[0] % frame_every == 0:
             frames.append(environments.envs[0].render())
+        steps = environments.step(running, actions)
         for row, (state, reward, ended, success) in zip(running, steps):
             number = episode[row]
             returns[number] += reward

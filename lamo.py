@@ -36,7 +36,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import zipfile
@@ -82,7 +81,7 @@ class InputError(ValueError):
 # -------------------------------------------------------------------------------- tasks and methods
 @dataclass(frozen=True)
 class Task:
-    """A task, with its targets, scale and context: the authors', where it is one of the paper's."""
+    """A task. Those of the paper have the authors' targets, return scale and context."""
 
     env_id: str  # Gymnasium's id of the environment
     data: str  # Minari's id of the dataset, or a folder
@@ -170,7 +169,10 @@ GROUPS = {  # headings in --help, each by the option that it precedes
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run, and the options of the command line. The defaults are the authors'."""
+    """The settings of a run, and the options of the command line.
+
+    The defaults are those of the authors' D4RL code.
+    """
 
     # data
     env: str | None = option(
@@ -187,7 +189,7 @@ class Config:
     method: str = option("lamo", "LaMo, Decision Transformer or Wiki-RL", choices=[*METHODS])
     lm: str = option(
         "gpt2",
-        "language model, hub name or folder; none: random weights, no text (--lang-coef 0)",
+        "language model, hub name or folder; none: random weights; needs --lang-coef 0",
     )
     lora_rank: int = option(16, "rank r of LoRA; 0: no LoRA", type=COUNT_OR_ZERO)
     lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", type=AMOUNT)
@@ -239,8 +241,9 @@ class Config:
 
 # -------------------------------------------------------------------------------- LoRA: part 2
 class LoRALinear(nn.Module):
-    """y = W x + b + (alpha / r) B A dropout(x): W is frozen; b, A and B train (Hu et al. 2021).
+    """y = W x + b + (alpha / r) B A dropout(x): W is frozen, A and B train (Hu et al. 2021).
 
+    As in the authors' code, b trains, too.
     GPT-2's queries, keys and values are one layer of three `parts`. Each part has an A (r, in) and
     a B (out / parts, r) of its own.
     """
@@ -386,10 +389,7 @@ class GPT2(nn.Module):
         return model
 
     def add_lora(self, rank, alpha, dropout):
-        """Freeze all weights, then add LoRA to queries, keys and values: LaMo's part 2.
-
-        As in the authors' code, the biases of the adapted layers train, too.
-        """
+        """Freeze all weights, then add LoRA to queries, keys and values: LaMo's part 2."""
         self.requires_grad_(False)
         for block in self.h:
             block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout, parts=3)
@@ -607,16 +607,16 @@ class LaMo(nn.Module):
         """
         if not self.image_shape:  # an image is scaled by its encoder
             states = self.scale(states, self.state_mean, self.state_std)
-        tokens = [
+        parts = [
             self.embed_return(self.scale(returns_to_go.unsqueeze(-1), 0, self.return_scale)),
             self.embed_state(states),
             self.embed_action(self.scale_actions(actions)),
         ]
-        tokens = torch.stack(tokens, dim=2)  # (B, K, 3, D)
-        # After the LayerNorm, as in the authors' code; the Decision Transformer adds it before.
+        x = torch.stack(parts, dim=2)  # (B, K, 3, D)
+        # After the LayerNorm, as in the authors' D4RL code; the Decision Transformer adds it before.
         timesteps = timesteps.clamp(max=self.max_timesteps - 1)  # later ones are not in the data
-        tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps).unsqueeze(2)
-        return tokens.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
+        x = self.embed_ln(x) + self.embed_timestep(timesteps).unsqueeze(2)
+        return x.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
 
     def predict(self, returns_to_go, states, actions, timesteps):
         """Predict the action of each step from what precedes it.
@@ -833,7 +833,7 @@ def train_step(model, optimizer, batch, tokens, config, step):
     action_loss, language_loss = model(batch, tokens)
     loss = action_loss + config.lang_coef * language_loss
 
-    # Gradients reach what trains: LoRA, embedders and action head, not the frozen weights.
+    # Only what trains gets a gradient; the frozen weights of the trunk do not.
     optimizer.zero_grad()
     loss.backward()
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -865,7 +865,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     scores = {}
     model.train()
 
-    with StopSignals(again(out, config.env)) as signals:
+    with StopSignals(run_argument(out, config.env)) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
         # An iteration logs, saves and evaluates the model after `step` steps, then takes the next.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
@@ -903,7 +903,7 @@ def first_seed(config):
     return 10_000 * config.seed
 
 
-def again(out, env):
+def run_argument(out, env):
     """Return how a command names a run: by its folder, and by --env if that imports a module."""
     folder = shlex.quote(str(out))
     return f"{folder} --env {env}" if ":" in str(env) else folder
@@ -912,13 +912,12 @@ def again(out, env):
 class StopSignals:
     """Catches Ctrl-C and SIGTERM in its `with` block, so that a run stops between two steps.
 
-    A second signal ends the run at once. Only the main thread can catch signals; in any other,
-    nothing is caught.
+    A second signal ends the run at once.
     """
 
-    def __init__(self, run):
+    def __init__(self, argument):
         self.received, self.waits, self.previous = False, True, {}
-        self.advice = f"resume with: python lamo.py --resume {run}"
+        self.advice = f"resume with: python lamo.py --resume {argument}"
 
     def stop(self):
         sys.exit(f"stopped; {self.advice}")
@@ -938,9 +937,8 @@ class StopSignals:
         self.waits = True
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self.handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *error):
@@ -1016,7 +1014,7 @@ class Recorder:
         self.logged_at = time.perf_counter()
 
     def save_is_due(self):
-        return time.monotonic() > self.saved_at + SAVE_EVERY
+        return time.perf_counter() > self.saved_at + SAVE_EVERY
 
     def save(self, step, model, optimizer):
         """Save all that a resumed run needs."""
@@ -1025,7 +1023,7 @@ class Recorder:
         if self.writes:
             state["log_size"] = self.file.tell()
             write_checkpoint(self.out / "checkpoint.pt", model, self.header, state)
-        self.saved_step, self.saved_at = step, time.monotonic()
+        self.saved_step, self.saved_at = step, time.perf_counter()
 
 
 # -------------------------------------------------------------------------------- several GPUs
@@ -1128,7 +1126,7 @@ def from_transformers(kind, name, **keywords):
 def load_causal_lm(name):
     """Return the causal language model of a folder or a hub name, in float32.
 
-    Raises InputError if it cannot be loaded, or if it is none.
+    Raises InputError if it cannot be loaded, or if it is not a causal language model.
     """
     advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
     with on_error(f"{advice}; check the name and the network; lamo.py --demo needs none"):
@@ -1195,7 +1193,7 @@ def load_dataset(name):
             # A download that Minari did not finish leaves metadata.json alone.
             if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
                 return minari.MinariDataset(folder)
-        raise InputError(f"{path} is no dataset of Minari 0.5{advice_on(path)}")
+        raise InputError(f"{path} is not a dataset of Minari 0.5{advice_on(path)}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*-v\d+", name):
         raise InputError(
             f"it is neither a folder nor an id, such as mujoco/hopper/medium-v0: {name}"
@@ -1218,7 +1216,7 @@ def advice_on(path):
                     return ", but of D4RL; take Minari's own, such as D4RL/kitchen/complete-v2"
                 if "episode_0" in content:
                     return ", but of an older Minari; download it again"
-    return ": that is a folder with data/main_data.hdf5 and data/metadata.json"
+    return ", which is a folder with data/main_data.hdf5 and data/metadata.json"
 
 
 def split_episodes(dataset, ratio, seed):
@@ -1304,7 +1302,7 @@ def evaluation_spec(dataset, env):
     """Return the EnvSpec to evaluate in: what the user names, else where the data was recorded.
 
     That is not always where the dataset says to evaluate, `--env eval`: in Minari's antmaze-umaze
-    that is another maze (Minari's issue 304). Raises any error if there is none.
+    that is another maze (Minari's issue 304). If there is none, the library's error passes through.
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
@@ -1365,8 +1363,10 @@ def write_checkpoint(path, model, header, state):
             if not parameter.requires_grad:
                 del weights[name]
     partial = path.with_suffix(".partial")
-    run = again(path.parent, header["config"]["env"])
-    with on_error(f"cannot write {path}; free some space, then start again, or --resume {run}"):
+    argument = run_argument(path.parent, header["config"]["env"])
+    with on_error(
+        f"cannot write {path}; free some space, then start again, or --resume {argument}"
+    ):
         try:
             with open(partial, "wb") as file:
                 torch.save({"version": VERSION, "header": header, "weights": weights} | state, file)
@@ -1526,8 +1526,8 @@ def prepare(config, title):
     arrays = [trajectories.states, trajectories.actions, trajectories.returns_to_go]
     if text:
         arrays += [text.tokens, text.held_out]
-    command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    command = "git describe --always --dirty"  # in a shell, which goes on if there is no git
+    commit = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
     packages = "torch", "transformers", "gymnasium", "mujoco", "minari"
     header = {
         "title": title,
@@ -1540,7 +1540,7 @@ def prepare(config, title):
         "lm_checksum": lm_checksum,
         "data_checksum": checksum(arrays),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit or None,
+        "commit": commit.stdout.strip() or None,
     }
     return config, header, model, trajectories, text, environments
 
@@ -1610,15 +1610,15 @@ def run(config, title, out, checkpoint=None):
     started = time.time()
     config, header, model, trajectories, text, environments = prepare(config, title)
     if checkpoint:
-        load_weights(model, checkpoint, header["lm_checksum"])
         if checkpoint["header"]["data_checksum"] != header["data_checksum"]:
             raise InputError(f"--data {config.data} or --text {config.text} is not what it was")
+        load_weights(model, checkpoint, header["lm_checksum"])
         header = checkpoint["header"]
 
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
     if rank_and_world()[0] == 0:
-        with StopSignals(again(out, config.env)) as signals, signals.at_once():
+        with StopSignals(run_argument(out, config.env)) as signals, signals.at_once():
             report(config, header, model, text, scores, out)
         print(f"{time.time() - started:.0f} s, all in {out}")
 
@@ -1652,7 +1652,7 @@ def report(config, header, model, text, scores, out):
     if scores and not best:
         raise InputError("every episode of the evaluation failed, see above; the weights are saved")
     if scores:
-        print(f"evaluate it again: python eval.py {again(out, config.env)}")
+        print(f"evaluate it again: python eval.py {run_argument(out, config.env)}")
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1716,7 +1716,8 @@ def with_full_paths(given):
     given = dict(given)
     for name in given.keys() & {"lm", "data", "text"}:
         path = Path(given[name])
-        if given[name] and path.exists() and not (HERE / path).exists():
+        is_ours = path.resolve() == (HERE / path).resolve() or given[name] == Config.text
+        if given[name] and path.exists() and not is_ours:
             given[name] = str(path.resolve())
     return given
 
@@ -1748,8 +1749,8 @@ def fetch(config):
 @contextmanager
 def run_folder(out, env):
     """Make the folder of a new run. Remove it if the run ends before its first checkpoint."""
-    run = again(out, env)
-    with on_error(f"cannot make {out}; choose another --out, delete it, or --resume {run}"):
+    argument = run_argument(out, env)
+    with on_error(f"cannot make {out}; choose another --out, delete it, or --resume {argument}"):
         out.mkdir(parents=True)
     try:
         yield

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1468,16 +1467,6 @@ def test_a_signal_stops_an_evaluation_at_once(tmp_path, monkeypatch, number):
     assert handlers == {signal.SIGINT: None, signal.SIGTERM: None}
 
 
-def test_a_thread_trains_without_catching_signals(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise ValueError("signal only works in main thread")
-
-    monkeypatch.setattr(lamo.signal, "signal", refuse)
-    with ThreadPoolExecutor(1) as pool:
-        scores = pool.submit(lamo.train, **hopper_run(tmp_path / "run")).result()
-    assert set(scores) == {"300", "50"}
-
-
 def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
     monkeypatch.setattr(lamo, "in_any_process", lambda flag: True)
     with pytest.raises(SystemExit, match="stopped after 0 steps"):
@@ -1640,8 +1629,17 @@ class PointWithArrays(Point):
 
 
 class Broken(Point):
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
     def step(self, action):
         raise RuntimeError("broke down")
+
+    def render(self):
+        return np.zeros((2, 2, 3), np.uint8)
 
 
 for name, limit in (("Point", 12), ("PointWithArrays", 12.0), ("Broken", 12)):
@@ -1788,6 +1786,24 @@ def test_a_named_environment_keeps_the_settings_in_the_data(tmp_path):
     assert spec["kwargs"] == {"exclude_current_positions_from_observation": False}
     assert spec["max_episode_steps"] == 7
     evaluation.main([str(tmp_path / "run"), "--env", "Hopper-v5"])  # has 12 numbers, too
+
+
+def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path):
+    folder = a_set("Point")
+    name = "ArrayPoint-v0"
+    gym.register(name, "test_lamo:Point", max_episode_steps=12, kwargs={"bound": np.full(2, 0.1)})
+    start(folder, tmp_path / "run", "--env", name)
+    assert read_log(tmp_path / "run")[0]["env_spec"] is None
+    evaluation.main([str(tmp_path / "run"), "--env", name])
+    with pytest.raises(InputError, match="name one with --env ID"):
+        evaluation.main([str(tmp_path / "run")])
+
+
+def test_a_machine_without_git_is_enough(tmp_path, monkeypatch):
+    folder = a_set("Point")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    start(folder, tmp_path / "run", "--env", "none")
+    assert read_log(tmp_path / "run")[0]["commit"] is None
 
 
 def test_an_environment_with_other_choices_is_refused():
@@ -1958,6 +1974,13 @@ def test_a_run_in_which_every_episode_fails_has_no_best(tmp_path):
         evaluation.main([str(tmp_path / "run"), "--env", "test_lamo:Broken-v0"])
 
 
+def test_an_episode_that_fails_has_a_picture_of_its_start():
+    environments = Environments(evaluation.spec_of("test_lamo:Broken-v0"), 1, "rgb_array")
+    policy, frames = tiny_lamo(S=3, bounds=[[-0.1] * 2, [0.1] * 2]).eval(), []
+    returns, _, _ = evaluation.rollout(policy, environments, [0.0], 1, 0, frames=frames)
+    assert np.isnan(returns).all() and len(frames) == 1
+
+
 @pytest.mark.parametrize("part", ["data", "data/main_data.hdf5"])
 def test_a_dataset_may_be_named_by_its_parts(part):
     dataset = lamo.load_dataset(str(HOPPER.parent / part))
@@ -1974,8 +1997,8 @@ def test_a_wrong_name_beside_a_dataset_is_none():
     [
         ("d4rl", "but of D4RL; take Minari's own"),
         ("minari 0.4", "but of an older Minari"),
-        ("empty folder", "no dataset of Minari 0.5: that is a folder with"),
-        ("other file", "no dataset of Minari 0.5: that is a folder with"),
+        ("empty folder", "not a dataset of Minari 0.5, which is a folder with"),
+        ("other file", "not a dataset of Minari 0.5, which is a folder with"),
         ("nothing", "neither a folder nor an id"),
     ],
 )
@@ -2314,6 +2337,17 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
     assert read_scores(tmp_path / "moved my run")["targets"] == scores["targets"]
     with pytest.raises(InputError, match="language model is not the one"):
         evaluation.main(["../moved my run", "--lm", "demo/gpt2-tiny"])
+
+    # One's own file goes before that of the same name beside lamo.py.
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "text.txt").write_text("mine")
+    assert (HERE / "demo" / "text.txt").exists()
+    given = {"text": "demo/text.txt"}
+    assert lamo.with_full_paths(given) == given
+    monkeypatch.chdir(tmp_path)
+    assert lamo.with_full_paths(given) == {"text": str(tmp_path / "demo" / "text.txt")}
+    (tmp_path / "wikitext").mkdir()
+    assert lamo.with_full_paths({"text": "wikitext"}) == {"text": "wikitext"}
 
 
 def test_the_manuals_loop_gives_the_return_of_an_evaluation(trained, capsys):
@@ -2976,6 +3010,9 @@ def test_a_run_whose_data_or_text_has_changed_is_not_resumed(tmp_path, lm_folder
             episode["actions"][0] = 0
     with pytest.raises(InputError, match="--data .* is not what it was"):
         lamo.main(["--resume", str(out)])
+    shorter = save_dataset("test/short-v0", "Hopper-v5", play(gym.make("Hopper-v5"), 10))
+    with pytest.raises(InputError, match="--data .* is not what it was"):
+        lamo.main(["--resume", str(out), "--data", str(shorter)])
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
