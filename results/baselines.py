@@ -3,9 +3,9 @@
     pip install --no-deps -r results/requirements.txt
     python -m results.baselines iql --demo --env hopper --ratio 0.1      # then options of lamo.py
 
-Behaviour cloning (bc), of the best tenth of the trajectories (best-bc), TD3+BC (td3-bc), IQL (iql) and
-CQL (cql) have the settings of d3rlpy's own reproductions, but for the number of steps: STEPS here,
-500,000 there. Only the options that say what to train on and what to evaluate have an effect.
+The methods are behaviour cloning (bc), of the best tenth of the trajectories (best-bc), TD3+BC
+(td3-bc), IQL (iql) and CQL (cql). They take STEPS steps, where the published runs take 500,000 or
+more. Only the options that say what to train on and what to evaluate have an effect.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import demo
 import lamo
 from eval import evaluate
 from results.make import BASELINES
@@ -20,27 +21,34 @@ from results.make import BASELINES
 STEPS, EVALUATE_EVERY = 20_000, 5_000
 
 
-def make_algorithm(name, device):
-    """Return an algorithm of d3rlpy (https://github.com/takuseno/d3rlpy, reproductions/offline)."""
+def make_algorithm(name, domain, device):
+    """Return an algorithm of d3rlpy (https://github.com/takuseno/d3rlpy).
+
+    TD3+BC, CQL and IQL have the settings of its reproductions/offline, except that IQL has those of
+    its authors in the kitchen, and scales rewards in locomotion alone, as they do. BC has d3rlpy's
+    defaults, with standardised states, as LaMo and DT have them.
+    """
     from d3rlpy import algos, models, optimizers, preprocessing
 
+    standardised = {"observation_scaler": preprocessing.StandardObservationScaler()}
     if name == "td3-bc":
-        config = algos.TD3PlusBCConfig(
-            observation_scaler=preprocessing.StandardObservationScaler(),
-        )
+        config = algos.TD3PlusBCConfig(**standardised)
     elif name == "iql":
         schedule = optimizers.CosineAnnealingLRFactory(T_max=STEPS)
-        config = algos.IQLConfig(
-            actor_optim_factory=optimizers.AdamFactory(lr_scheduler_factory=schedule),
-            reward_scaler=preprocessing.ReturnBasedRewardScaler(multiplier=1000.0),
-        )
+        settings = {"actor_optim_factory": optimizers.AdamFactory(lr_scheduler_factory=schedule)}
+        if domain == "locomotion":
+            settings["reward_scaler"] = preprocessing.ReturnBasedRewardScaler(multiplier=1000.0)
+        if domain == "kitchen":
+            encoder = models.encoders.VectorEncoderFactory([256, 256], dropout_rate=0.1)
+            settings |= {"weight_temp": 0.5, "actor_encoder_factory": encoder}
+        config = algos.IQLConfig(**settings)
     elif name == "cql":
         encoder = models.encoders.VectorEncoderFactory([256, 256, 256])
         config = algos.CQLConfig(
             actor_encoder_factory=encoder, critic_encoder_factory=encoder, alpha_learning_rate=0.0
         )
     else:
-        config = algos.BCConfig()
+        config = algos.BCConfig(**standardised)
     return config.create(device=device)
 
 
@@ -97,7 +105,7 @@ def main(arguments):
     d3rlpy.seed(config.seed)
     episodes = to_episodes(trajectories, best=0.1 if name == "best-bc" else 1.0)
     buffer = d3rlpy.dataset.create_infinite_replay_buffer(episodes)
-    algorithm = make_algorithm(name, config.device)
+    algorithm = make_algorithm(name, demo.DOMAINS.get(config.env), config.device)
     quietly = {"logger_adapter": d3rlpy.logging.NoopAdapterFactory(), "show_progress": False}
     for epoch, _ in algorithm.fitter(buffer, STEPS, EVALUATE_EVERY, **quietly):
         scores = evaluate(

@@ -12,7 +12,7 @@ The protocol, written down before the runs that it is about:
   wins. If the lowest or highest rate wins, the next one is tried in the same way.
 - Then a method runs with each of SEEDS on the tasks in QUESTIONS. No run is left out.
 - Runs that are ten times as long have the first three seeds. So have the methods of
-  results/baselines.py, whose settings are published ones.
+  results/baselines.py, whose settings are not tuned.
 
 A run that has its rows is not run again. Two runs go on at a time, with one thread each.
 """
@@ -76,7 +76,8 @@ VARIANTS = {  # of LaMo, each without one or more of its parts
     "no LoRA": "--method lamo --lora-rank 0 --lang-coef 0",  # a frozen trunk keeps its language
     "linear embedders": f"{COMPARED['lamo']} --embed linear",
 }
-METHODS = COMPARED | VARIANTS
+DT_WITH_MLPS = {"dt, mlp embedders": "--method dt --embed mlp"}
+METHODS = COMPARED | VARIANTS | DT_WITH_MLPS
 CHEAP_BASELINES = ["bc", "best-bc", "td3-bc", "iql"]  # of results/baselines.py
 BASELINES = [*CHEAP_BASELINES, "cql"]  # CQL's step takes as long as eight of IQL's
 
@@ -94,6 +95,7 @@ QUESTIONS = [  # in the order in which they are answered: tasks, and the methods
     (["reacher2d"], ["random trunk"]),
     (["reacher2d"], VARIANTS),
     (["reacher2d 10%, longer"], LAMO_AND_DT + TRAINED),
+    (["reacher2d"], DT_WITH_MLPS),
     (list(TUNED_ON.values()), CHEAP_BASELINES),
     (["hopper"], LAMO_AND_DT),
     (["kitchen-partial 10%, longer", "hopper 3%, longer"], LAMO_AND_DT + TRAINED),

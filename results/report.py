@@ -3,23 +3,25 @@
     python -m results.report
 
 A comparison shows the tasks and methods that have run with every seed. The tables have all of their
-seeds, and each method's chosen setting.
+seeds, and each method's chosen setting. Needs results/requirements.txt.
 """
 
-import functools
 import math
 from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 
 from results.make import (
     BASELINES,
     COMPARED,
     DOMAIN,
+    DT_WITH_MLPS,
     HERE,
     LESS_HOPPER,
     LESS_KITCHEN,
+    METHODS,
     OTHERS,
     SIX,
     TASKS,
@@ -34,6 +36,7 @@ from results.plot import STYLES, draw_curve, draw_interval, interval
 NAMES = {
     "lamo": "LaMo",
     "dt": "DT",
+    "dt, mlp embedders": "DT, MLP embedders",
     "wiki-rl": "Wiki-RL",
     "bc": "BC",
     "best-bc": "BC, best tenth",
@@ -46,11 +49,11 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "methods": (MAIN, [*COMPARED]),
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], [*COMPARED]),
     "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], [*COMPARED]),
-    "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS]),
+    "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS, *DT_WITH_MLPS]),
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
-LONGER = ["hopper 3%, longer", "kitchen-partial 10%, longer"], ["lamo", "dt", *TRAINED]
+LONGER = [task for task in TASKS if "longer" in task], ["lamo", "dt", *TRAINED]
 
 
 def read_table():
@@ -60,7 +63,7 @@ def read_table():
     """
     runs, table = finished(), {}
     for task, domain in DOMAIN.items():
-        for method in NAMES | VARIANTS:
+        for method in [*METHODS, *BASELINES]:
             options, _ = tune(method, domain, runs)
             jobs = [(task, method, options, seed) for seed in seeds_of(task, method)]
             if all(job in runs for job in jobs):
@@ -87,13 +90,14 @@ def name_of(method):
 def table_lines(table, tasks, methods):
     """Return the lines of a Markdown table: the best target's return, mean and spread over seeds.
 
-    Below are the scores over all tasks, how much they differ from the first method's with the same
-    seed, and how large a difference the seeds could have shown: half of the interval's width.
+    In brackets is the mean over all targets. Below are the scores over all tasks, how much they
+    differ from the first method's with the same seed, and how large a difference would show.
     """
-    lines = [
-        f"| | {' | '.join(map(name_of, methods))} |",
-        "|---" * (len(methods) + 1) + "|",
-    ]
+    lines = [f"| | {' | '.join(map(name_of, methods))} |", "|---" * (len(methods) + 1) + "|"]
+
+    def add(title, cells):
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
     for task in tasks:
         cells = []
         for method in methods:
@@ -102,22 +106,39 @@ def table_lines(table, tasks, methods):
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
             spread = f"{returns.mean():.{digits}f} ± {returns.std(ddof=1):.{digits}f}"
             cells.append(f"{spread} ({over_targets:.{digits}f})")
-        lines.append(f"| {task} | {' | '.join(cells)} |")
+        add(task, cells)
 
-    scores = [[column(table[task, method], "best_score") for task in tasks] for method in methods]
-    cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval(group)) for group in scores]
-    lines.append(f"| score, interquartile mean and 95 % interval | {' | '.join(cells)} |")
-
-    differences, visible = [], []
-    for others in scores[1:]:
-        pairs = [theirs - ours[: len(theirs)] for ours, theirs in zip(scores[0], others)]
-        middle, low, high = interval(pairs, functools.partial(np.mean, axis=-1))
-        differences.append(f"{middle:+.1f} ({low:.1f} to {high:.1f})")
-        visible.append(f"{(high - low) / 2:.1f}")
-    first = f"| mean difference from {name_of(methods[0])}, seed by seed | "
-    lines.append(f"{first} | {' | '.join(differences)} |")
-    lines.append(f"| difference that these seeds could show | | {' | '.join(visible)} |")
+    # Arrays (seeds,) by method and task
+    best, over_targets = (
+        [[column(table[task, method], name) for task in tasks] for method in methods]
+        for name in ("best_score", "mean_score")
+    )
+    cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval(group)) for group in best]
+    add("score, interquartile mean", cells)
+    for title, (first, *others) in (
+        (f"mean difference from {name_of(methods[0])}", best),
+        ("mean difference over all targets", over_targets),
+    ):
+        found = [difference(first, scores) for scores in others]
+        cells = [f"{mean:+.1f} ({low:.1f} to {high:.1f})" for mean, low, high, _ in found]
+        add(title, ["", *cells])
+    visible = [difference(best[0], scores)[-1] for scores in best[1:]]
+    add("difference that would show", ["", *(f"{least:.1f}" for least in visible)])
     return lines
+
+
+def difference(ours, theirs):
+    """Return how much scores differ in pairs of runs with the same seed: lists of (seeds,) by task.
+
+    Returns the mean over tasks and its 95 % t interval, low and high, with tasks as strata; and the
+    smallest true difference that such an interval excludes zero for with a probability of 80 %.
+    """
+    pairs = [second - first[: len(second)] for first, second in zip(ours, theirs)]
+    middle = np.mean([pair.mean() for pair in pairs])
+    error = math.sqrt(sum(pair.var(ddof=1) / len(pair) for pair in pairs)) / len(pairs)
+    freedom = sum(len(pair) - 1 for pair in pairs)
+    half, power = stats.t.ppf([0.975, 0.8], freedom)
+    return middle, middle - half * error, middle + half * error, (half + power) * error
 
 
 def settings_lines(table):

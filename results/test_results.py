@@ -35,6 +35,15 @@ NAMES = {
 }
 
 
+T_QUANTILES = {  # Student's t at 97.5 % and 80 %, by degrees of freedom, from a printed table
+    2: (4.303, 1.061),
+    4: (2.776, 0.941),
+    6: (2.447, 0.906),
+    8: (2.306, 0.889),
+    12: (2.179, 0.873),
+}
+
+
 def read_rows(folder):
     """The last row of each run of a comparison."""
     rows = csv.DictReader((HERE / "results" / folder / "runs.csv").open())
@@ -70,7 +79,7 @@ def test_tables_are_those_of_the_runs(folder):
     for header, _, *lines in tables:
         methods = [NAMES.get(name.lower(), name.lower()) for name in header[1:]]
         tasks = [line for line in lines if " ± " in line[1]]
-        scores = {}
+        scores = {"best_score": {}, "mean_score": {}}
         for task, *cells in tasks:
             for method, cell in zip(methods, cells, strict=True):
                 chosen = [
@@ -90,15 +99,31 @@ def test_tables_are_those_of_the_runs(folder):
                 assert [float(part) for part in printed] == pytest.approx(
                     expected, rel=0, abs=0.51 * 10**-digits
                 )
-                scores |= {(task, method, row["seed"]): float(row["best_score"]) for row in chosen}
-        differences = next(line for line in lines if line[0].startswith("mean difference"))
-        for method, cell in zip(methods[1:], differences[2:], strict=True):
-            pairs = [
-                score - scores[task, methods[0], seed]
-                for (task, other, seed), score in scores.items()
-                if other == method
-            ]
-            assert float(cell.split()[0]) == pytest.approx(statistics.mean(pairs), abs=0.051)
+                for row, name in itertools.product(chosen, scores):
+                    scores[name][task, method, row["seed"]] = float(row[name])
+        for name in ["best_score"] if folder else scores:
+            title = "mean difference from" if name == "best_score" else "mean difference over"
+            differences = next(line for line in lines if line[0].startswith(title))
+            for method, cell in zip(methods[1:], differences[2:], strict=True):
+                pairs = defaultdict(list)
+                for (task, other, seed), score in scores[name].items():
+                    if other == method:
+                        pairs[task].append(score - scores[name][task, methods[0], seed])
+                mean = statistics.mean(map(statistics.mean, pairs.values()))
+                numbers = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
+                assert numbers[0] == pytest.approx(mean, abs=0.051)
+                if folder:
+                    continue
+                variances = [statistics.variance(part) / len(part) for part in pairs.values()]
+                error = math.sqrt(sum(variances)) / len(pairs)
+                half, power = T_QUANTILES[sum(len(part) - 1 for part in pairs.values())]
+                expected = [mean - half * error, mean + half * error]
+                assert numbers[1:] == pytest.approx(expected, abs=0.06 + 1e-3 * error)
+                if name == "best_score":
+                    visible = lines[-1][methods.index(method) + 1]
+                    assert float(visible) == pytest.approx(
+                        (half + power) * error, rel=1e-3, abs=0.06
+                    )
 
 
 def test_losses_in_the_page_are_those_of_the_runs():
@@ -109,7 +134,7 @@ def test_losses_in_the_page_are_those_of_the_runs():
         if settings.get((row["method"], domain)) == row["options"].replace("--", ""):
             if int(row["seed"]) < 100:
                 runs[row["task"], row["method"]].append(row)
-    lines = re.findall(r"(?m)^\| ([a-z].*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page)
+    lines = re.findall(r"(?m)^\| ([a-z][^|]*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page)
     assert len(lines) == 5
     language = defaultdict(list)
     for task, *cells in lines:
@@ -123,6 +148,18 @@ def test_losses_in_the_page_are_those_of_the_runs():
             for name in ("text_loss", "documents_loss"):
                 for when in ("before", "after"):
                     language[name, when].append(float(row[f"{name}_{when}"]))
+    seeds = [f"{float(row['held_out_loss']):.3f}" for row in runs["kitchen-partial 3%", "lamo"]]
+    assert f"{', '.join(seeds)} for LaMo" in page
+    tuned = {  # with the second tuning seed
+        (row["method"], *row["options"].split()[1:4:2]): row["held_out_loss"]
+        for row in read_rows("")
+        if (row["task"], row["seed"]) == ("hopper 10%", "101")
+    }
+    lines = re.findall(r"(?m)^\| lr (\S+), dropout (\S+) \| ([\d.]+) \| ([\d.]+) \|$", page)
+    assert len(lines) == 3
+    for rate, dropout, *cells in lines:
+        for method, cell in zip(("lamo", "dt"), cells, strict=True):
+            assert cell == f"{float(tuned[method, rate, dropout]):.4f}"
     for name in ("text_loss", "documents_loss"):
         before, after = (statistics.mean(language[name, when]) for when in ("before", "after"))
         assert f"from {before:.2f} to {after:.2f}" in " ".join(page.split())
@@ -135,7 +172,9 @@ def test_settings_are_those_that_tuning_found_best():
         scores = defaultdict(dict)  # by options and seed
         for row in rows:
             tuned_on = make.TUNED_ON[domain]
-            if (row["task"], row["method"]) == (tuned_on, method) and int(row["seed"]) >= 100:
+            if (row["task"], row["method"].lower()) == (tuned_on, method) and int(
+                row["seed"]
+            ) >= 100:
                 scores[row["options"].replace("--", "")][row["seed"]] = float(row["best_score"])
         rates = {float(name.split()[1]) for name in scores}
         assert rates >= {3e-4, 1e-3, 3e-3, 1e-2} and len(scores) == 2 * len(rates)
