@@ -188,28 +188,59 @@ def draw(table, tasks, methods, path):
     figure.savefig(path, dpi=150)
 
 
+MEASURES = {  # columns of runs.csv that are shown over time
+    "best_score": "score",
+    "held_out_loss": "action loss, held out",
+    "train_loss": "action loss, trained on",
+    "documents_loss_after": "language loss, docstrings",
+}
+
+
+def curves(table, task, method, measure):
+    """Return a measure of a method's runs by training step, as dicts; None if it has none."""
+    runs = table[task, method]
+    if not runs[0][0][measure]:
+        return None
+    return [{int(row["step"]): float(row[measure]) for row in rows} for rows in runs]
+
+
+def longer_lines(table, task, methods):
+    """Return the lines of a Markdown table of what longer training does, mean and spread over seeds."""
+    lines = [f"| {task} | {' | '.join(map(name_of, methods))} |", "|---" * (len(methods) + 1) + "|"]
+    for measure, digits in ("best_score", 1), ("held_out_loss", 4), ("documents_loss_after", 2):
+        for step in 1000, 3000, 10000:
+            cells = []
+            for method in methods:
+                runs = curves(table, task, method, measure)
+                if not runs:
+                    cells.append("–")
+                    continue
+                numbers = np.array([run[step] for run in runs])
+                cells.append(f"{numbers.mean():.{digits}f} ± {numbers.std(ddof=1):.{digits}f}")
+            lines.append(f"| {MEASURES[measure]}, {step:,} steps | {' | '.join(cells)} |")
+    return lines
+
+
 def draw_longer(table, tasks, methods, path):
-    """Draw the score and the action loss, on held-out and on training trajectories, over time."""
-    columns = {
-        "best_score": "score of the best target",
-        "held_out_loss": "action loss, held out",
-        "train_loss": "action loss, trained on",
-    }
-    size = 3.6 * len(columns), 2.8 * len(tasks)
+    """Draw what longer training does: a line of panels for each task, a panel for each measure."""
+    size = 3 * len(MEASURES), 2.8 * len(tasks)
     figure, panels = plt.subplots(
-        len(tasks), len(columns), figsize=size, squeeze=False, layout="constrained"
+        len(tasks), len(MEASURES), figsize=size, squeeze=False, layout="constrained"
     )
     for task, line in zip(tasks, panels):
-        for (name, title), axes in zip(columns.items(), line):
+        for (measure, title), axes in zip(MEASURES.items(), line):
             for method, style in zip(methods, STYLES):
-                runs = table[task, method]
-                curves = [{int(row["step"]): float(row[name]) for row in rows} for rows in runs]
-                draw_curve(axes, curves, style | {"label": name_of(method)})
+                runs = curves(table, task, method, measure)
+                if runs:
+                    draw_curve(axes, runs, style | {"label": name_of(method)})
             axes.set_title(f"{task.split(',')[0]}\n{title}", fontsize="medium")
             axes.set_xlabel("training steps")
-            if name != "best_score":
+            if measure == "train_loss":
                 axes.set_yscale("log")
-    panels[0, 0].legend(fontsize="small")
+            else:
+                axes.set_ylim(bottom=0)
+    lines = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=150)
 
 
@@ -224,6 +255,8 @@ def main():
             draw(table, tasks, methods, HERE / f"{name}.png")
     tasks, methods = complete(table, *LONGER)
     if tasks and methods:
+        for task in tasks:
+            lines += [*longer_lines(table, task, methods), ""]
         draw_longer(table, tasks, methods, HERE / "longer.png")
     (HERE / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))

@@ -126,6 +126,40 @@ def test_tables_are_those_of_the_runs(folder):
                     )
 
 
+def test_the_table_of_longer_training_is_that_of_the_runs():
+    page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
+    columns = {
+        "score": "best_score",
+        "action loss, held out": "held_out_loss",
+        "language loss, docstrings": "documents_loss_after",
+    }
+    rows = list(csv.DictReader((HERE / "results" / "runs.csv").open()))
+    tables = re.findall(r"(?m)^\| (.*, longer) \| (.*) \|\n.*((?:\n\|.*)+)", page)
+    assert tables
+    for task, methods, body in tables:
+        lines = re.findall(r"(?m)^\| (.*), ([\d,]+) steps \| (.*) \|$", body)
+        assert len(lines) == 3 * len(columns)
+        for title, step, cells in lines:
+            for method, cell in zip(methods.split(" | "), cells.split(" | "), strict=True):
+                options = settings[method.lower(), make.DOMAIN[task]]
+                numbers = {
+                    row["seed"]: row[columns[title]]
+                    for row in rows
+                    if (row["task"], row["method"].lower()) == (task, method.lower())
+                    and row["options"].replace("--", "") == options
+                    and row["step"] == step.replace(",", "")
+                }
+                assert sorted(numbers) == list("012")
+                if cell == "–":
+                    assert not any(numbers.values())
+                    continue
+                numbers = list(map(float, numbers.values()))
+                expected = statistics.mean(numbers), statistics.stdev(numbers)
+                printed = cell.split(" ± ")
+                digits = len(printed[0].partition(".")[2])
+                assert [*map(float, printed)] == pytest.approx(expected, abs=0.51 * 10**-digits)
+
+
 def test_losses_in_the_page_are_those_of_the_runs():
     page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
     runs = defaultdict(list)
