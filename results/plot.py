@@ -31,6 +31,7 @@ STYLES = [  # one for each method, told apart without colour
     {"color": "#8c8c8c", "linestyle": (0, (1, 1)), "marker": "P"},
     {"color": "#3f7d3a", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
     {"color": "#b07d12", "linestyle": (0, (4, 2, 1, 2, 1, 2)), "marker": "<"},
+    {"color": "#5b2c83", "linestyle": (0, (2, 2)), "marker": ">"},
 ]
 
 
