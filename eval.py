@@ -331,7 +331,7 @@ def rollout(
         batch = np.resize(running, NUM_ENVS)
         actions = histories.act(policy, batch)[: len(running)]
 
-        # Step the environments.
+        # Take a picture of what the policy acts on, then step the environments.
         if frames is not None and lengths[0] % frame_every == 0:
             frames.append(environments.envs[0].render())
         steps = environments.step(running, actions)

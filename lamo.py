@@ -36,6 +36,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -243,9 +244,8 @@ class Config:
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A dropout(x): W is frozen, A and B train (Hu et al. 2021).
 
-    As in the authors' code, b trains, too.
-    GPT-2's queries, keys and values are one layer of three `parts`. Each part has an A (r, in) and
-    a B (out / parts, r) of its own.
+    As in the authors' code, b trains, too. GPT-2's queries, keys and values are one layer of three
+    `parts`. Each part has an A (r, in) and a B (out / parts, r) of its own.
     """
 
     def __init__(self, linear, rank, alpha, dropout, parts):
@@ -613,7 +613,7 @@ class LaMo(nn.Module):
             self.embed_action(self.scale_actions(actions)),
         ]
         x = torch.stack(parts, dim=2)  # (B, K, 3, D)
-        # After the LayerNorm, as in the authors' D4RL code; the Decision Transformer adds it before.
+        # After the LayerNorm, as in the authors' D4RL code; Decision Transformer adds it before.
         timesteps = timesteps.clamp(max=self.max_timesteps - 1)  # later ones are not in the data
         x = self.embed_ln(x) + self.embed_timestep(timesteps).unsqueeze(2)
         return x.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
@@ -912,7 +912,8 @@ def run_argument(out, env):
 class StopSignals:
     """Catches Ctrl-C and SIGTERM in its `with` block, so that a run stops between two steps.
 
-    A second signal ends the run at once.
+    A second signal ends the run at once. Only the main thread can catch signals; in any other,
+    nothing is caught.
     """
 
     def __init__(self, argument):
@@ -937,8 +938,9 @@ class StopSignals:
         self.waits = True
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self.handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *error):
@@ -1715,9 +1717,10 @@ def with_full_paths(given):
     """Return options in which files of the user's have full paths, that hold in any directory."""
     given = dict(given)
     for name in given.keys() & {"lm", "data", "text"}:
+        if given[name] in ("", Config.text):  # WikiText, whatever this directory holds
+            continue
         path = Path(given[name])
-        is_ours = path.resolve() == (HERE / path).resolve() or given[name] == Config.text
-        if given[name] and path.exists() and not is_ours:
+        if path.exists() and path.resolve() != (HERE / path).resolve():
             given[name] = str(path.resolve())
     return given
 

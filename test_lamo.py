@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1465,6 +1466,16 @@ def test_a_signal_stops_an_evaluation_at_once(tmp_path, monkeypatch, number):
         lamo.train(**run)
     assert lamo.read_checkpoint(tmp_path / "run")["step"] == 3  # saved before the evaluation
     assert handlers == {signal.SIGINT: None, signal.SIGTERM: None}
+
+
+def test_a_thread_trains_without_catching_signals(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("signal only works in main thread")
+
+    monkeypatch.setattr(lamo.signal, "signal", refuse)
+    with ThreadPoolExecutor(1) as pool:
+        scores = pool.submit(lamo.train, **hopper_run(tmp_path / "run")).result()
+    assert set(scores) == {"300", "50"}
 
 
 def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):

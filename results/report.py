@@ -87,6 +87,11 @@ def name_of(method):
     return NAMES.get(method, method)
 
 
+def format_spread(numbers, digits):
+    """Return the mean ± standard deviation of some numbers, as text."""
+    return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
+
+
 def table_lines(table, tasks, methods):
     """Return the lines of a Markdown table: the best target's return, mean and spread over seeds.
 
@@ -104,8 +109,7 @@ def table_lines(table, tasks, methods):
             returns = column(table[task, method], "best_return")
             over_targets = column(table[task, method], "mean_return").mean()
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
-            spread = f"{returns.mean():.{digits}f} ± {returns.std(ddof=1):.{digits}f}"
-            cells.append(f"{spread} ({over_targets:.{digits}f})")
+            cells.append(f"{format_spread(returns, digits)} ({over_targets:.{digits}f})")
         add(task, cells)
 
     # Arrays (seeds,) by method and task
@@ -208,15 +212,12 @@ def longer_lines(table, task, methods):
     """Return the lines of a Markdown table of what longer training does, mean and spread over seeds."""
     lines = [f"| {task} | {' | '.join(map(name_of, methods))} |", "|---" * (len(methods) + 1) + "|"]
     for measure, digits in ("best_score", 1), ("held_out_loss", 4), ("documents_loss_after", 2):
+        measured = [curves(table, task, method, measure) for method in methods]
         for step in 1000, 3000, 10000:
-            cells = []
-            for method in methods:
-                runs = curves(table, task, method, measure)
-                if not runs:
-                    cells.append("–")
-                    continue
-                numbers = np.array([run[step] for run in runs])
-                cells.append(f"{numbers.mean():.{digits}f} ± {numbers.std(ddof=1):.{digits}f}")
+            cells = [
+                format_spread([run[step] for run in runs], digits) if runs else "–"
+                for runs in measured
+            ]
             lines.append(f"| {MEASURES[measure]}, {step:,} steps | {' | '.join(cells)} |")
     return lines
 
@@ -239,8 +240,8 @@ def draw_longer(table, tasks, methods, path):
                 axes.set_yscale("log")
             else:
                 axes.set_ylim(bottom=0)
-    lines = panels[0, 0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=len(methods))
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=150)
 
 

@@ -206,9 +206,8 @@ def test_settings_are_those_that_tuning_found_best():
         scores = defaultdict(dict)  # by options and seed
         for row in rows:
             tuned_on = make.TUNED_ON[domain]
-            if (row["task"], row["method"].lower()) == (tuned_on, method) and int(
-                row["seed"]
-            ) >= 100:
+            is_ours = (row["task"], row["method"].lower()) == (tuned_on, method)
+            if is_ours and int(row["seed"]) >= 100:
                 scores[row["options"].replace("--", "")][row["seed"]] = float(row["best_score"])
         rates = {float(name.split()[1]) for name in scores}
         assert rates >= {3e-4, 1e-3, 3e-3, 1e-2} and len(scores) == 2 * len(rates)
