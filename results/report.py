@@ -1,4 +1,4 @@
-"""Write tables and draw pictures of what runs.csv has: table.md, and a picture for each comparison.
+"""Draw pictures of what runs.csv has, and write its tables into README.md.
 
     python -m results.report
 
@@ -7,6 +7,7 @@ seeds, and each method's chosen setting. Needs results/requirements.txt.
 """
 
 import math
+import re
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -26,6 +27,7 @@ from results.make import (
     SIX,
     TASKS,
     TRAINED,
+    TUNED_ON,
     VARIANTS,
     finished,
     seeds_of,
@@ -92,43 +94,68 @@ def format_spread(numbers, digits):
     return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
 
 
-def table_lines(table, tasks, methods):
-    """Return the lines of a Markdown table: the best target's return, mean and spread over seeds.
+def markdown(rows):
+    """Return the lines of a Markdown table; the first of its rows of cells is the header."""
+    header, *lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [header, "|---" * len(rows[0]) + "|", *lines]
 
-    In brackets is the mean over all targets. Below are the scores over all tasks, how much they
-    differ from the first method's with the same seed, and how large a difference would show.
+
+def settings_lines(table):
+    """Return the lines of a table of the settings that were chosen."""
+    chosen = {}
+    for (task, method), runs in table.items():
+        if runs[0][0]["options"]:
+            _, rate, _, dropout, *_ = runs[0][0]["options"].split()
+            chosen[method, DOMAIN[task]] = f"lr {rate}, dropout {dropout}"
+    methods = [method for method in METHODS if any(method == key[0] for key in chosen)]
+    rows = [["method", *TUNED_ON]]
+    for method in methods:
+        rows.append([name_of(method), *(chosen.get((method, domain), "–") for domain in TUNED_ON)])
+    return markdown(rows)
+
+
+def returns_lines(table, tasks, methods):
+    """Return the lines of a table of returns.
+
+    A cell has the best target's return, mean and spread over seeds, and in brackets the mean over
+    all targets.
     """
-    lines = [f"| | {' | '.join(map(name_of, methods))} |", "|---" * (len(methods) + 1) + "|"]
-
-    def add(title, cells):
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-
+    rows = [["return", *map(name_of, methods)]]
     for task in tasks:
-        cells = []
+        row = [task]
         for method in methods:
             returns = column(table[task, method], "best_return")
             over_targets = column(table[task, method], "mean_return").mean()
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
-            cells.append(f"{format_spread(returns, digits)} ({over_targets:.{digits}f})")
-        add(task, cells)
+            row.append(f"{format_spread(returns, digits)} ({over_targets:.{digits}f})")
+        rows.append(row)
+    if len(methods) > len(tasks):
+        rows = list(zip(*rows))  # rather long than wide
+    return markdown(rows)
 
-    # Arrays (seeds,) by method and task
-    best, over_targets = (
+
+def scores_lines(table, tasks, methods):
+    """Return the lines of a table of the scores over all tasks.
+
+    It says how much they differ from the first method's with the same seed, for the best target and
+    over all targets, and how large a difference would show.
+    """
+    best, over_targets = (  # arrays (seeds,) by method and task
         [[column(table[task, method], name) for task in tasks] for method in methods]
         for name in ("best_score", "mean_score")
     )
-    cells = ["{:.1f} ({:.1f} to {:.1f})".format(*interval(group)) for group in best]
-    add("score, interquartile mean", cells)
-    for title, (first, *others) in (
-        (f"mean difference from {name_of(methods[0])}", best),
-        ("mean difference over all targets", over_targets),
-    ):
-        found = [difference(first, scores) for scores in others]
-        cells = [f"{mean:+.1f} ({low:.1f} to {high:.1f})" for mean, low, high, _ in found]
-        add(title, ["", *cells])
-    visible = [difference(best[0], scores)[-1] for scores in best[1:]]
-    add("difference that would show", ["", *(f"{least:.1f}" for least in visible)])
-    return lines
+    rows = [["score", "interquartile mean", f"minus {name_of(methods[0])}"]]
+    rows[0] += ["over all targets", "would show"]
+    for method, ours, ours_over_targets in zip(methods, best, over_targets):
+        row = [name_of(method), "{:.1f} ({:.1f} to {:.1f})".format(*interval(ours))]
+        if method == methods[0]:
+            rows.append([*row, "", "", ""])
+            continue
+        *found, visible = difference(best[0], ours)
+        *found_over_targets, _ = difference(over_targets[0], ours_over_targets)
+        row += ["{:+.1f} ({:.1f} to {:.1f})".format(*it) for it in (found, found_over_targets)]
+        rows.append([*row, f"{visible:.1f}"])
+    return markdown(rows)
 
 
 def difference(ours, theirs):
@@ -143,19 +170,6 @@ def difference(ours, theirs):
     freedom = sum(len(pair) - 1 for pair in pairs)
     half, power = stats.t.ppf([0.975, 0.8], freedom)
     return middle, middle - half * error, middle + half * error, (half + power) * error
-
-
-def settings_lines(table):
-    """Return the lines of a Markdown table of the settings that were chosen."""
-    chosen = {}
-    for (task, method), runs in table.items():
-        if runs[0][0]["options"]:
-            chosen[method, DOMAIN[task]] = runs[0][0]["options"].replace("--", "")
-    lines = ["| method | domain | setting |", "|---|---|---|"]
-    return lines + [
-        f"| {name_of(method)} | {domain} | {options} |"
-        for (method, domain), options in sorted(chosen.items())
-    ]
 
 
 def draw(table, tasks, methods, path):
@@ -209,8 +223,8 @@ def curves(table, task, method, measure):
 
 
 def longer_lines(table, task, methods):
-    """Return the lines of a Markdown table of what longer training does, mean and spread over seeds."""
-    lines = [f"| {task} | {' | '.join(map(name_of, methods))} |", "|---" * (len(methods) + 1) + "|"]
+    """Return the lines of a table of what longer training does, mean and spread over seeds."""
+    rows = [[task, *map(name_of, methods)]]
     for measure, digits in ("best_score", 1), ("held_out_loss", 4), ("documents_loss_after", 2):
         measured = [curves(table, task, method, measure) for method in methods]
         for step in 1000, 3000, 10000:
@@ -218,8 +232,8 @@ def longer_lines(table, task, methods):
                 format_spread([run[step] for run in runs], digits) if runs else "–"
                 for runs in measured
             ]
-            lines.append(f"| {MEASURES[measure]}, {step:,} steps | {' | '.join(cells)} |")
-    return lines
+            rows.append([f"{MEASURES[measure]}, {step:,} steps", *cells])
+    return markdown(rows)
 
 
 def draw_longer(table, tasks, methods, path):
@@ -247,20 +261,29 @@ def draw_longer(table, tasks, methods, path):
 
 def main():
     table = read_table()
-    lines, shown = [*settings_lines(table), ""], []
+    tables, shown = {"settings": settings_lines(table)}, []
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
         if tasks and len(methods) > 1 and (tasks, methods) not in shown:
             shown.append((tasks, methods))
-            lines += [*table_lines(table, tasks, methods), ""]
+            tables[name] = returns_lines(table, tasks, methods)
+            tables[name] += ["", *scores_lines(table, tasks, methods)]
             draw(table, tasks, methods, HERE / f"{name}.png")
     tasks, methods = complete(table, *LONGER)
     if tasks and methods:
+        tables["longer"] = []
         for task in tasks:
-            lines += [*longer_lines(table, task, methods), ""]
+            tables["longer"] += [*longer_lines(table, task, methods), ""]
         draw_longer(table, tasks, methods, HERE / "longer.png")
-    (HERE / "table.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+
+    page = (HERE / "README.md").read_text()
+    for name, lines in tables.items():
+        print(name, *lines, "", sep="\n")
+        # The table after the comment with its name, and what was there before
+        old = rf"<!-- {name} -->\n+(?:\|.*\n+)*"
+        new = "\n".join([f"<!-- {name} -->", "", *lines, "", ""])
+        page = re.sub(old, new, page)
+    (HERE / "README.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -55,75 +55,126 @@ def checkpoint_weights(folder):
     return {name: weight.tolist() for name, weight in weights.items()}
 
 
-def read_tables(folder):
-    """The tables of returns in the page of a comparison, as lists of cells by line."""
-    text = (HERE / "results" / folder / "README.md").read_text()
-    tables = re.findall(r"(?m)^\| \|.*(?:\n\|.*)+", text)
-    cells = [[line.split("|")[1:-1] for line in table.split("\n")] for table in tables]
-    tables = [[[cell.strip() for cell in line] for line in table] for table in cells]
-    return [table for table in tables if " ± " in table[2][1]]
+def read_tables(page, corner):
+    """The tables of a page whose first cell is `corner`, as lists of cells by line."""
+    text = (HERE / "results" / page).read_text()
+    tables = re.findall(rf"(?m)^\| ?{corner} \|.*(?:\n\|.*)+", text)
+    assert tables
+    return [
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
+        for table in tables
+    ]
 
 
 def read_settings():
-    """The chosen options of each method and domain, as the page says."""
-    text = (HERE / "results" / "README.md").read_text()
-    table = re.findall(r"(?m)^\| ([^|]+) \| (\w+) \| (lr [^|]+) \|$", text)
-    return {(method.lower(), domain): options for method, domain, options in table}
+    """The chosen rate and dropout of each method and domain, as the page says."""
+    [[header, _, *lines]] = read_tables("README.md", "method")
+    return {
+        (method.lower(), domain): tuple(re.findall(r"lr (\S+), dropout (\S+)", cell)[0])
+        for method, *cells in lines
+        for domain, cell in zip(header[1:], cells, strict=True)
+        if cell != "–"
+    }
 
 
-@pytest.mark.parametrize("folder", ["", "first"])
-def test_tables_are_those_of_the_runs(folder):
-    rows, settings = read_rows(folder), {} if folder else read_settings()
-    tables = read_tables(folder)
-    assert tables
-    for header, _, *lines in tables:
-        methods = [NAMES.get(name.lower(), name.lower()) for name in header[1:]]
-        tasks = [line for line in lines if " ± " in line[1]]
-        scores = {"best_score": {}, "mean_score": {}}
-        for task, *cells in tasks:
+def rate_and_dropout(row):
+    """The rate and dropout of a row of runs.csv; LoRA's dropout must be the trunk's."""
+    options = row["options"].split()
+    assert options[4:] in ([], ["--lora-dropout", options[3]])
+    return options[1], options[3]
+
+
+def runs_of(rows, task, method, settings):
+    """The rows of a task and a method with the setting of the tables, by seed."""
+    method = NAMES.get(method.lower(), method.lower())
+    chosen = [
+        row
+        for row in rows
+        if (row["task"], row["method"].lower()) == (task, method) and int(row["seed"]) < 100
+    ]
+    if (method, make.DOMAIN[task]) in settings:
+        setting = settings[method, make.DOMAIN[task]]
+        chosen = [row for row in chosen if rate_and_dropout(row) == setting]
+    assert len({row["options"] for row in chosen}) == 1
+    seeds = "012" if method in make.BASELINES else "01234"
+    assert sorted(row["seed"] for row in chosen) == list(seeds)
+    return {row["seed"]: row for row in chosen}
+
+
+def check_spread(cell, numbers):
+    """Check a cell of mean ± standard deviation against its numbers."""
+    printed = cell.split(" (")[0].split(" ± ")
+    digits = len(printed[0].partition(".")[2])
+    expected = statistics.mean(numbers), statistics.stdev(numbers)
+    assert [*map(float, printed)] == pytest.approx(expected, rel=0, abs=0.51 * 10**-digits)
+
+
+def difference_pairs(ours, theirs, name):
+    """The differences of a column in pairs of runs with the same seed, lists by task."""
+    return [
+        [float(their[seed][name]) - float(our[seed][name]) for seed in their]
+        for our, their in zip(ours, theirs)
+    ]
+
+
+def test_tables_are_those_of_the_runs():
+    rows, settings = read_rows(""), read_settings()
+    returns, scores = (read_tables("README.md", corner) for corner in ("return", "score"))
+    for table, (_, _, *lines) in zip(returns, scores, strict=True):
+        del table[1]
+        if table[0][1] in make.TASKS:
+            table = list(zip(*table))
+        methods, tasks = table[0][1:], [line[0] for line in table[1:]]
+        runs = {
+            method: [runs_of(rows, task, method, settings) for task in tasks] for method in methods
+        }
+        for number, (_, *cells) in enumerate(table[1:]):
             for method, cell in zip(methods, cells, strict=True):
-                chosen = [
-                    row for row in rows if (row["task"], row["method"].lower()) == (task, method)
-                ]
-                chosen = [row for row in chosen if int(row["seed"]) < 100]
-                options = settings.get((method, make.DOMAIN[task]))
-                if options:
-                    chosen = [row for row in chosen if row["options"].replace("--", "") == options]
-                assert sorted(row["seed"] for row in chosen) == list("01234")[: len(chosen)]
-                assert len(chosen) == (3 if method in make.BASELINES else 5)
-                assert len({row["options"] for row in chosen}) == 1
-                returns = [float(row["best_return"]) for row in chosen]
-                printed = cell.split(" (")[0].split(" ± ")
-                digits = len(printed[0].partition(".")[2])
-                expected = statistics.mean(returns), statistics.stdev(returns)
-                assert [float(part) for part in printed] == pytest.approx(
-                    expected, rel=0, abs=0.51 * 10**-digits
-                )
-                for row, name in itertools.product(chosen, scores):
-                    scores[name][task, method, row["seed"]] = float(row[name])
-        for name in ["best_score"] if folder else scores:
-            title = "mean difference from" if name == "best_score" else "mean difference over"
-            differences = next(line for line in lines if line[0].startswith(title))
-            for method, cell in zip(methods[1:], differences[2:], strict=True):
-                pairs = defaultdict(list)
-                for (task, other, seed), score in scores[name].items():
-                    if other == method:
-                        pairs[task].append(score - scores[name][task, methods[0], seed])
-                mean = statistics.mean(map(statistics.mean, pairs.values()))
-                numbers = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
-                assert numbers[0] == pytest.approx(mean, abs=0.051)
-                if folder:
-                    continue
-                variances = [statistics.variance(part) / len(part) for part in pairs.values()]
+                results = runs[method][number].values()
+                check_spread(cell, [float(row["best_return"]) for row in results])
+                over_targets = statistics.mean(float(row["mean_return"]) for row in results)
+                in_brackets = float(cell.split("(")[1].rstrip(")"))
+                assert in_brackets == pytest.approx(over_targets, rel=1e-2)
+
+        assert [line[0] for line in lines] == [*methods]
+        for method, middle, *cells in lines:
+            scored = sorted(
+                float(row["best_score"]) for results in runs[method] for row in results.values()
+            )
+            cut = len(scored) // 4
+            assert float(middle.split()[0]) == pytest.approx(
+                statistics.mean(scored[cut : len(scored) - cut]), abs=0.051
+            )
+            if method == methods[0]:
+                continue
+            for name, cell in zip(("best_score", "mean_score"), cells):
+                pairs = difference_pairs(runs[methods[0]], runs[method], name)
+                mean = statistics.mean(map(statistics.mean, pairs))
+                variances = [statistics.variance(part) / len(part) for part in pairs]
                 error = math.sqrt(sum(variances)) / len(pairs)
-                half, power = T_QUANTILES[sum(len(part) - 1 for part in pairs.values())]
-                expected = [mean - half * error, mean + half * error]
-                assert numbers[1:] == pytest.approx(expected, abs=0.06 + 1e-3 * error)
+                half, power = T_QUANTILES[sum(len(part) - 1 for part in pairs)]
+                expected = [mean, mean - half * error, mean + half * error]
+                printed = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
+                assert printed == pytest.approx(expected, abs=0.06 + 1e-3 * error)
                 if name == "best_score":
-                    visible = lines[-1][methods.index(method) + 1]
-                    assert float(visible) == pytest.approx(
-                        (half + power) * error, rel=1e-3, abs=0.06
-                    )
+                    visible = (half + power) * error
+                    assert float(cells[2]) == pytest.approx(visible, rel=1e-3, abs=0.06)
+
+
+def test_tables_of_the_first_comparison_are_those_of_its_runs():
+    rows = read_rows("first")
+    for header, _, *lines in read_tables("first/README.md", ""):
+        tasks = [line[0] for line in lines if line[0] in make.TASKS]
+        runs = [[runs_of(rows, task, method, {}) for task in tasks] for method in header[1:]]
+        for number, (_, *cells) in enumerate(lines[: len(tasks)]):
+            for of_method, cell in zip(runs, cells, strict=True):
+                results = of_method[number].values()
+                check_spread(cell, [float(row["best_return"]) for row in results])
+        differences = next(line for line in lines if line[0].startswith("mean difference from"))
+        for of_method, cell in zip(runs[1:], differences[2:], strict=True):
+            pairs = difference_pairs(runs[0], of_method, "best_score")
+            middle = statistics.mean(map(statistics.mean, pairs))
+            assert float(cell.split()[0]) == pytest.approx(middle, abs=0.051)
 
 
 def test_the_table_of_longer_training_is_that_of_the_runs():
@@ -141,52 +192,42 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
         assert len(lines) == 3 * len(columns)
         for title, step, cells in lines:
             for method, cell in zip(methods.split(" | "), cells.split(" | "), strict=True):
-                options = settings[method.lower(), make.DOMAIN[task]]
                 numbers = {
                     row["seed"]: row[columns[title]]
                     for row in rows
                     if (row["task"], row["method"].lower()) == (task, method.lower())
-                    and row["options"].replace("--", "") == options
+                    and rate_and_dropout(row) == settings[method.lower(), make.DOMAIN[task]]
                     and row["step"] == step.replace(",", "")
                 }
                 assert sorted(numbers) == list("012")
                 if cell == "–":
                     assert not any(numbers.values())
-                    continue
-                numbers = list(map(float, numbers.values()))
-                expected = statistics.mean(numbers), statistics.stdev(numbers)
-                printed = cell.split(" ± ")
-                digits = len(printed[0].partition(".")[2])
-                assert [*map(float, printed)] == pytest.approx(expected, abs=0.51 * 10**-digits)
+                else:
+                    check_spread(cell, [*map(float, numbers.values())])
 
 
 def test_losses_in_the_page_are_those_of_the_runs():
     page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
-    runs = defaultdict(list)
-    for row in read_rows(""):
-        domain = make.DOMAIN[row["task"]]
-        if settings.get((row["method"], domain)) == row["options"].replace("--", ""):
-            if int(row["seed"]) < 100:
-                runs[row["task"], row["method"]].append(row)
+    rows = read_rows("")
     lines = re.findall(r"(?m)^\| ([a-z][^|]*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page)
     assert len(lines) == 5
     language = defaultdict(list)
     for task, *cells in lines:
         columns = itertools.product(("lamo", "dt"), ("train_loss", "held_out_loss"))
         for (method, name), cell in zip(columns, cells, strict=True):
-            assert len(runs[task, method]) == 5
-            losses = [row[name] for row in runs[task, method]]
+            losses = [row[name] for row in runs_of(rows, task, method, settings).values()]
             expected = f"{statistics.mean(map(float, losses)):.4f}" if losses[0] else "–"
             assert cell == expected
-        for row in runs[task, "lamo"]:
+        for row in runs_of(rows, task, "lamo", settings).values():
             for name in ("text_loss", "documents_loss"):
                 for when in ("before", "after"):
                     language[name, when].append(float(row[f"{name}_{when}"]))
-    seeds = [f"{float(row['held_out_loss']):.3f}" for row in runs["kitchen-partial 3%", "lamo"]]
+    runs = runs_of(rows, "kitchen-partial 3%", "lamo", settings)
+    seeds = [f"{float(row['held_out_loss']):.3f}" for row in runs.values()]
     assert f"{', '.join(seeds)} for LaMo" in page
     tuned = {  # with the second tuning seed
-        (row["method"], *row["options"].split()[1:4:2]): row["held_out_loss"]
-        for row in read_rows("")
+        (row["method"], *rate_and_dropout(row)): row["held_out_loss"]
+        for row in rows
         if (row["task"], row["seed"]) == ("hopper 10%", "101")
     }
     lines = re.findall(r"(?m)^\| lr (\S+), dropout (\S+) \| ([\d.]+) \| ([\d.]+) \|$", page)
@@ -200,26 +241,25 @@ def test_losses_in_the_page_are_those_of_the_runs():
 
 
 def test_settings_are_those_that_tuning_found_best():
-    rows, settings = read_rows(""), read_settings()
-    assert settings
-    for (method, domain), options in settings.items():
-        scores = defaultdict(dict)  # by options and seed
+    rows = read_rows("")
+    for (method, domain), setting in read_settings().items():
+        scores = defaultdict(dict)  # by setting and seed
         for row in rows:
             tuned_on = make.TUNED_ON[domain]
             is_ours = (row["task"], row["method"].lower()) == (tuned_on, method)
             if is_ours and int(row["seed"]) >= 100:
-                scores[row["options"].replace("--", "")][row["seed"]] = float(row["best_score"])
-        rates = {float(name.split()[1]) for name in scores}
+                scores[rate_and_dropout(row)][row["seed"]] = float(row["best_score"])
+        rates = {float(rate) for rate, _ in scores}
         assert rates >= {3e-4, 1e-3, 3e-3, 1e-2} and len(scores) == 2 * len(rates)
-        twice = {name: sum(pair.values()) for name, pair in scores.items() if len(pair) == 2}
-        assert max(twice, key=twice.get) == options and len(twice) >= len(rates)
-        assert min(rates) < float(options.split()[1]) < max(rates)
-        least = min(scores[name]["100"] for name in twice)
-        assert all(pair["100"] <= least for name, pair in scores.items() if name not in twice)
+        twice = {key: sum(pair.values()) for key, pair in scores.items() if len(pair) == 2}
+        assert max(twice, key=twice.get) == setting and len(twice) >= len(rates)
+        assert min(rates) < float(setting[0]) < max(rates)
+        least = min(scores[key]["100"] for key in twice)
+        assert all(pair["100"] <= least for key, pair in scores.items() if key not in twice)
 
 
 def test_the_demo_has_the_settings_of_the_comparison():
-    for (method, domain), options in read_settings().items():
+    for (method, domain), (rate, dropout) in read_settings().items():
         if method not in lamo.METHODS:
             continue  # a variant
         for options_of_task in make.TASKS.values():
@@ -227,10 +267,9 @@ def test_the_demo_has_the_settings_of_the_comparison():
             if demo.DOMAINS[env] != domain:
                 continue
             config, _ = lamo.configure({"env": env, "demo": True, "method": method})
-            words = options.split()
-            for name, value in zip(words[::2], words[1::2], strict=True):
-                assert getattr(config, name.replace("-", "_")) == float(value)
-            assert config.lora_rank == (0 if method == "dt" else 16)
+            assert (config.lr, config.dropout) == (float(rate), float(dropout))
+            if method == "lamo":
+                assert (config.lora_rank, config.lora_dropout) == (16, float(dropout))
 
 
 def test_tuning_tries_more_where_the_edge_wins():
