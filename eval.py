@@ -30,8 +30,8 @@ import atari
 notifications.pop("gymnasium_robotics", None)  # silences a notice about other environments
 NUM_ENVS = 20  # at a time; a kitchen takes 90 MB
 
-# Gymnasium's wrappers that cannot be made again from a file: what they know of earlier episodes is
-# lost, or they write files or open a window.
+# Gymnasium's wrappers that cannot be made again from a file: they depend on earlier episodes, write
+# files, or open a window.
 LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "HumanRendering"
 
 
@@ -64,13 +64,13 @@ def with_settings(registered, recorded, wrappers):
 def spec_to_json(spec):
     """Return an EnvSpec as text for `spec_from_json`; None if it holds what text cannot express."""
     try:
-        return spec.to_json() if isinstance(spec.entry_point, str) else None
-    except TypeError:  # a setting that is an array or a function
+        return spec.to_json()
+    except (TypeError, ValueError):  # an array or a function
         return None
 
 
 def spec_from_json(text):
-    """Return the EnvSpec that a file describes. No code of the file's choosing runs.
+    """Return the EnvSpec that a file describes. The file cannot make code of its own run.
 
     The environment must be in Gymnasium's registry, after importing gymnasium_robotics, demo/ and
     Atari's games, and its wrappers must be Gymnasium's own. Raises ValueError if not, or if there
@@ -192,8 +192,8 @@ class Environments:
         """Take a step in some rows.
 
         Returns for each row (observation, reward, whether the episode has ended, whether it is a
-        success). Success is NaN where the environment does not say. Where the simulator fails, all
-        is (None, NaN, True, NaN).
+        success). Success is NaN where the environment does not say. Where the simulator fails, the
+        row has (None, NaN, True, NaN).
         """
 
         def step(env, action):
@@ -328,6 +328,8 @@ def rollout(
         # Ask the policy for the actions. The batch always has NUM_ENVS rows, some of them repeated,
         # because rounding depends on the size of a batch, and returns must not.
         running = np.flatnonzero(episode >= 0)
+        if len(running) == 0:
+            continue
         batch = np.resize(running, NUM_ENVS)
         actions = histories.act(policy, batch)[: len(running)]
 

@@ -18,9 +18,9 @@ LaMo has four parts:
 Without a GPU, the first command runs a small demo and says so.
 
 Shapes: B windows in a batch, K steps in a window, D the width of the model, S the size of a state,
-A the size of an action, T tokens. Returns, states and actions are in the environment's units,
-except where a comment says otherwise. A state may also be an image, and an action one of A choices,
-which is then a one-hot vector.
+A the size of an action, T tokens of text, or steps of a trajectory. Returns, states and actions are
+in the environment's units, except where a comment says otherwise. A state may also be an image, and
+an action one of A choices, which is then a one-hot vector.
 """
 
 import argparse
@@ -82,10 +82,13 @@ class InputError(ValueError):
 # -------------------------------------------------------------------------------- tasks and methods
 @dataclass(frozen=True)
 class Task:
-    """A task. Those of the paper have the authors' targets, return scale and context."""
+    """A task. Those of the paper have the authors' targets, return scale and context.
 
-    env_id: str  # Gymnasium's id of the environment
-    data: str  # Minari's id of the dataset, or a folder
+    The targets of Qbert and Pong are those of Chen et al. (2021).
+    """
+
+    env_id: str | None  # Gymnasium's id of the environment, or module:id
+    data: str | None  # Minari's id of the dataset, or a folder
     targets: list[float] | None  # returns to condition on in an evaluation
     return_scale: float | None  # returns are divided by it
     context: int  # K
@@ -158,7 +161,7 @@ SHARE = number(float, 0, 1)
 TARGET = number(float, -1e9, 1e9)
 
 
-GROUPS = {  # headings in --help, each by the option that it precedes
+GROUPS = {  # headings in --help, by the first option under each
     "env": "data",
     "method": "model",
     "lang_coef": "text",
@@ -172,15 +175,15 @@ GROUPS = {  # headings in --help, each by the option that it precedes
 class Config:
     """The settings of a run, and the options of the command line.
 
-    The defaults are those of the authors' D4RL code.
+    The defaults are those of the authors' runs on D4RL.
     """
 
     # data
     env: str | None = option(
         "hopper",
         f"{', '.join(TASKS)}; or any environment, as a Gymnasium id or module:id; none: do not"
-        " evaluate; eval: the dataset's own for evaluations; default: hopper, or the one in which"
-        " the dataset was recorded",
+        " evaluate; eval: the one that the dataset names for evaluations; default: hopper, or the"
+        " one in which the dataset was recorded",
     )
     data: str | None = option(None, "Minari dataset, id or folder; default: the task's")
     ratio: float = option(1.0, "share of the trajectories to train on", type=number(float, 1e-9, 1))
@@ -265,7 +268,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """(..., in) -> (..., out)"""
         # Nothing is dropped in evaluation mode, so one product with W + (alpha / r) B A is enough.
-        if not self.training:
+        # In bfloat16 that sum would be rounded in another way than in training.
+        if not self.training and not torch.is_autocast_enabled(x.device.type):
             update = (self.B @ self.A).flatten(0, 1)  # (out, in)
             return F.linear(x, self.weight + self.scale * update, self.bias)
         dropped = self.dropout(x)
@@ -361,7 +365,7 @@ class GPT2(nn.Module):
 
     @staticmethod
     def represents(config):
-        """Return whether this class computes what a model of transformers with a config does."""
+        """Return whether this class can stand in for the model of transformers with a config."""
         return config.model_type == "gpt2" and all(
             (
                 config.activation_function in ("gelu_new", "gelu_pytorch_tanh"),  # one function
@@ -434,7 +438,7 @@ class CausalLM(nn.Module):
         self.vocab_size, self.width = theirs.get_input_embeddings().weight.shape
         self.n_positions = getattr(theirs.config, "max_position_embeddings", None) or math.inf
 
-        # An encoder, such as BERT, would show the future to the policy.
+        # An encoder, such as BERT, shows the future: what differs in token 1 changes token 0.
         x = torch.zeros(2, 2, self.width)
         x[1, 1] = torch.linspace(-9, 9, self.width)
         with torch.no_grad():
@@ -452,19 +456,16 @@ class CausalLM(nn.Module):
         self.requires_grad_(False)
         if self.bf16:
             for parameter in self.parameters():
-                if parameter.dim() > 1:  # norms, and rotary frequencies, need float32
+                if parameter.dim() > 1:  # norms and biases stay in float32
                     parameter.data = parameter.data.bfloat16()
         for parent in [*self.modules()]:
             for name, layer in [*parent.named_children()]:
                 if name in self.PROJECTIONS:
                     adapted = LoRALinear(as_linear(layer), rank, alpha, dropout, parts=1)
                     setattr(parent, name, adapted)
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not trained:
+        if not any(parameter.requires_grad for parameter in self.parameters()):
             names = ", ".join(self.PROJECTIONS)
             raise InputError(f"LoRA finds none of {names} in --lm; add --lora-rank 0 --lang-coef 0")
-        for parameter in trained:
-            parameter.data = parameter.data.float()
 
     def forward(self, x):
         """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before."""
@@ -673,7 +674,7 @@ class Trajectories:
 
     Args:
         observations, actions, rewards: an array (T, S), (T, A), (T,) for each trajectory. Numbers
-            stay as precise as they are, images uint8. `observations` is emptied, to save memory.
+            keep their precision, images stay uint8. `observations` is emptied, to save memory.
         terminated: whether each trajectory ended in a final state.
         stack: how many observations make a state; see `states_at`.
     """
@@ -753,8 +754,7 @@ class Text:
     """Text as flat arrays of token ids, to train on and held out; a batch is random crops."""
 
     def __init__(self, tokens, held_out, block):
-        shortest = min(len(tokens), len(held_out))
-        if shortest < block:
+        if min(len(tokens), len(held_out)) < block:
             raise InputError(
                 f"--text-block {block} is longer than the text ({len(tokens)} tokens to train on,"
                 f" {len(held_out)} held out); lower --text-block, or give more --text"
@@ -769,7 +769,10 @@ class Text:
 
     @torch.no_grad()
     def held_out_loss(self, trunk):
-        """Return a trunk's language loss on up to 32 evenly spaced blocks of the held-out text."""
+        """Return the language loss on up to 32 evenly spaced blocks of the held-out text.
+
+        The trunk should be in evaluation mode.
+        """
         device = next(trunk.parameters()).device
         count = min(32, len(self.held_out) // self.block)
         losses = []
@@ -923,14 +926,14 @@ class StopSignals:
     def stop(self):
         sys.exit(f"stopped; {self.advice}")
 
-    def handle(self, number, frame):
+    def handle(self, signum, frame):
         if self.received or not self.waits:
             self.stop()
         self.received = True
 
     @contextmanager
     def at_once(self):
-        """Let a signal end the run at once, also one that has already come."""
+        """Let a signal, even one already received, end the run at once."""
         if self.received:
             self.stop()
         self.waits = False
@@ -939,13 +942,13 @@ class StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self.handle)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.previous[signum] = signal.signal(signum, self.handle)
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
 
 
 class Recorder:
@@ -987,11 +990,11 @@ class Recorder:
         Raises InputError if one is not finite.
         """
         self.losses = [{key: float(loss) for key, loss in losses.items()} for losses in self.losses]
-        for number, losses in enumerate(self.losses, step - len(self.losses) + 1):
+        for taken, losses in enumerate(self.losses, step - len(self.losses) + 1):
             for name, loss in losses.items():
                 if not math.isfinite(loss):
                     raise InputError(
-                        f"{name} became {loss} in step {number}; lower --lr"
+                        f"{name} became {loss} in step {taken}; lower --lr"
                         f" (the last checkpoint, of step {self.saved_step}, is in {self.out})"
                     )
 
@@ -1004,7 +1007,7 @@ class Recorder:
         for name in self.losses[0]:
             line[name] = float(np.mean([losses[name] for losses in self.losses]))
         seconds = time.perf_counter() - self.logged_at
-        line["seconds_per_step"] = seconds / max(step - self.logged_step, 1)
+        line["seconds_per_step"] = seconds / (step - self.logged_step)
         self.log(line)
         self.losses = []
         self.logged_step, self.logged_at = step, time.perf_counter()
@@ -1092,7 +1095,7 @@ def find_local(name):
 
 @functools.cache
 def hub_is_reachable():
-    """Return whether the Hugging Face hub answers within 3 seconds. HF_HUB_OFFLINE=1 says no."""
+    """Return whether the Hugging Face hub answers within 3 seconds; not if HF_HUB_OFFLINE=1."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -1135,12 +1138,22 @@ def load_causal_lm(name):
         config = from_transformers("AutoConfig", name)
     with on_error(f"cannot load --lm {name}; if it is damaged, get it again"):
         if config.is_encoder_decoder:
-            raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder alone")
+            raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder-only model")
         model, problems = from_transformers("AutoModelForCausalLM", name, output_loading_info=True)
     if problems["missing_keys"]:
         missing = ", ".join(sorted(problems["missing_keys"]))
         raise InputError(f"--lm {name} lacks weights: {missing}")
     return model.float()
+
+
+def load_tokenizer(name):
+    """Return the tokenizer of a folder or a hub name. Raises InputError if there is none."""
+    with on_error(f"cannot load the tokenizer of --lm {name}"):
+        tokenizer = from_transformers("AutoTokenizer", name)
+        # Without its files, transformers may return an empty one.
+        if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+            raise ValueError("there is none")
+    return tokenizer
 
 
 def tokenize(text, tokenizer):
@@ -1169,10 +1182,7 @@ def wikitext_files():
 
 def load_text(lm, text, block):
     """Return the Text of WikiText-103, or of a file, of which the last tenth is held out."""
-    with on_error(f"cannot load the tokenizer of --lm {lm}"):
-        tokenizer = from_transformers("AutoTokenizer", lm)
-        if not tokenizer("text", add_special_tokens=False)["input_ids"]:
-            raise ValueError("the folder has none")
+    tokenizer = load_tokenizer(lm)
     with on_error(f"cannot read --text {text}; give a file of UTF-8 text"):
         if text == "wikitext":
             tables = [parquet.read_table(path)["text"].to_pylist() for path in wikitext_files()]
@@ -1198,11 +1208,11 @@ def load_dataset(name):
         raise InputError(f"{path} is not a dataset of Minari 0.5{advice_on(path)}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*-v\d+", name):
         raise InputError(
-            f"it is neither a folder nor an id, such as mujoco/hopper/medium-v0: {name}"
+            f"--data {name} is neither a folder nor an id, such as mujoco/hopper/medium-v0"
         )
     namespace, _, rest = name.partition("/")
-    # The large file first, so that both are of one commit.
-    for filename in ("main_data.hdf5", "metadata.json"):
+    # The small file first, so that the hub is asked for both within a moment, and has one commit.
+    for filename in ("metadata.json", "main_data.hdf5"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
     return minari.MinariDataset(path.parent)
 
@@ -1288,9 +1298,11 @@ def vectors(actions, space):
 def recorded_rewards(dataset, episode):
     """Return the rewards (T,) of an episode.
 
-    Minari's kitchen rewards a finished subtask in every later step. Here it is rewarded once.
+    Minari's kitchen (remove_task_when_completed=False) rewards a finished subtask in every later
+    step. Here it is rewarded once.
     """
-    if not dataset.env_spec or dataset.env_spec.kwargs.get("remove_task_when_completed", True):
+    settings = dataset.env_spec.kwargs if dataset.env_spec else {}
+    if settings.get("remove_task_when_completed", True):
         return episode.rewards
     achieved, desired = (episode.observations[key] for key in ("achieved_goal", "desired_goal"))
     finished = np.zeros(len(episode.rewards), int)  # subtasks finished so far, at each step
@@ -1308,16 +1320,15 @@ def evaluation_spec(dataset, env):
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
-    if env == "eval" or not recorded:
-        recorded = for_evaluation
+    chosen = for_evaluation if env == "eval" or not recorded else recorded
     if env in (None, "eval", *TASKS):
-        if for_evaluation not in (None, recorded):
+        if for_evaluation not in (None, chosen):
             print("the dataset has another environment for evaluations; to take it, add --env eval")
-        spec = recorded_spec(recorded, env)
+        spec = recorded_spec(chosen, env)
     else:
-        for wrapper in json.loads(recorded or "{}").get("additional_wrappers", ()):
+        for wrapper in json.loads(chosen or "{}").get("additional_wrappers", ()):
             print(f"evaluating without the dataset's wrapper {wrapper['name']}")
-        spec = spec_of(env, recorded)
+        spec = spec_of(env, chosen)
     if spec.name == "FrankaKitchen":
         spec.kwargs["remove_task_when_completed"] = True
         spec.kwargs["terminate_on_tasks_completed"] = True
@@ -1420,7 +1431,7 @@ def load(folder, device="cpu", lm=None):
 def set_up_device(device):
     """Let a GPU multiply in TF32. Raises InputError if this machine lacks the device."""
     with on_error(f"cannot use --device {device}; name one that this machine has"):
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float64, device=device)  # some devices have no float64
     torch.set_float32_matmul_precision("high")
 
 
@@ -1480,7 +1491,7 @@ def prepare(config, title):
             spec.max_episode_steps = episode_limit(config, spec, trajectories)
             environments = Environments(spec)
             check_spaces(dataset, environments.envs[0])
-            action_space = environments.action_space
+            action_space = environments.action_space  # its bounds are those of rollouts
     returns = trajectories.returns
     count = f"{len(returns)} of {dataset.total_episodes} trajectories"
     print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
@@ -1565,15 +1576,14 @@ def action_bounds(space, actions):
 def episode_limit(config, spec, trajectories):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
-    Without a limit of the environment, the longest trajectory sets it. It also does for a dataset
-    that belongs to no task, if the environment's limit is far beyond it and it was cut off.
+    The longest trajectory sets it where the environment has no limit. It also does for a dataset
+    that belongs to no task, if it was cut off, and the environment's limit is ten times as long.
     """
-    longest = int(trajectories.lengths.max())
-    limit = spec.max_episode_steps or math.inf
-    was_cut = not trajectories.terminated[trajectories.lengths.argmax()]
     if config.max_steps:
         return config.max_steps
-    if limit == math.inf or (limit > 10 * longest and was_cut and config.env not in TASKS):
+    limit, longest = spec.max_episode_steps, int(trajectories.lengths.max())
+    was_cut = not trajectories.terminated[trajectories.lengths.argmax()]
+    if not limit or (limit > 10 * longest and was_cut and config.env not in TASKS):
         return longest
     return limit
 
@@ -1684,8 +1694,8 @@ def parse(arguments, program="lamo.py"):
 def configure(given):
     """Return the Config of the given options, and the title of the run.
 
-    From the strongest to the weakest: what is given, the method's values, the task's, the demo's if
-    it is one, the defaults.
+    From the strongest to the weakest: what is given, the method's values, the task's settings, the
+    demo's if it is one, the task's data, targets and context, the defaults.
     """
     given = with_full_paths(given)
     if "data" in given:
@@ -1714,10 +1724,10 @@ def configure(given):
 
 
 def with_full_paths(given):
-    """Return options in which files of the user's have full paths, that hold in any directory."""
+    """Return options in which the user's files have full paths, valid from any directory."""
     given = dict(given)
     for name in given.keys() & {"lm", "data", "text"}:
-        if given[name] in ("", Config.text):  # WikiText, whatever this directory holds
+        if given[name] in ("", "none", Config.text):  # whatever this directory holds
             continue
         path = Path(given[name])
         if path.exists() and path.resolve() != (HERE / path).resolve():
@@ -1746,6 +1756,7 @@ def fetch(config):
     with on_error(f"cannot use the dataset {config.data}"):
         load_dataset(config.data)
     if config.lang_coef > 0:
+        load_tokenizer(config.lm)
         wikitext_files()
 
 

@@ -332,6 +332,15 @@ def test_lora_follows_the_formula_and_starts_as_the_original():
     assert lora.A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
+def test_lora_in_bfloat16_computes_what_it_was_trained_for():
+    torch.manual_seed(0)
+    lora, x = LoRALinear(torch.nn.Linear(64, 192), 4, 8, 0.0, parts=3), torch.randn(9, 64)
+    lora.weight.data = lora.weight.data.bfloat16()
+    torch.nn.init.normal_(lora.B, std=1e-3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora.eval()(x), lora.train()(x))
+
+
 def test_trainable_share_of_gpt2_small():
     with torch.device("meta"):
         gpt2 = GPT2()
@@ -1803,6 +1812,9 @@ def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path):
     folder = a_set("Point")
     name = "ArrayPoint-v0"
     gym.register(name, "test_lamo:Point", max_episode_steps=12, kwargs={"bound": np.full(2, 0.1)})
+    for part in "entry_point", "vector_entry_point":
+        spec = replace(gym.spec("Hopper-v5"), **{part: lambda: None})
+        assert evaluation.spec_to_json(spec) is None
     start(folder, tmp_path / "run", "--env", name)
     assert read_log(tmp_path / "run")[0]["env_spec"] is None
     evaluation.main([str(tmp_path / "run"), "--env", name])
@@ -2357,8 +2369,10 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
     assert lamo.with_full_paths(given) == given
     monkeypatch.chdir(tmp_path)
     assert lamo.with_full_paths(given) == {"text": str(tmp_path / "demo" / "text.txt")}
-    (tmp_path / "wikitext").mkdir()
-    assert lamo.with_full_paths({"text": "wikitext"}) == {"text": "wikitext"}
+    for given in {"text": "wikitext"}, {"lm": "none"}:  # a name, not a folder
+        [name] = given.values()
+        (tmp_path / name).mkdir()
+        assert lamo.with_full_paths(given) == given
 
 
 def test_the_manuals_loop_gives_the_return_of_an_evaluation(trained, capsys):
@@ -2451,6 +2465,8 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path):
         path.unlink()
     with pytest.raises(InputError, match="cannot load the tokenizer of --lm"):
         lamo.load_text(str(folder), "demo/text.txt", 16)
+    with pytest.raises(InputError, match="cannot load the tokenizer of --lm"):
+        lamo.fetch(Config(lm=str(folder), data="demo/lamo/hopper/demo-v0"))  # else no demo
 
 
 def test_what_a_saved_tokenizer_adds_and_cuts_is_turned_off(tmp_path):
