@@ -6,9 +6,9 @@ A comparison shows the tasks and methods that have run with every seed. The tabl
 seeds, and each method's chosen setting. Needs results/requirements.txt.
 """
 
+import itertools
 import math
 import re
-from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +20,7 @@ from results.make import (
     DOMAIN,
     DT_WITH_MLPS,
     HERE,
+    LAMO_AND_DT,
     LESS_HOPPER,
     LESS_KITCHEN,
     METHODS,
@@ -158,6 +159,21 @@ def scores_lines(table, tasks, methods):
     return markdown(rows)
 
 
+def losses_lines(table):
+    """Return the lines of a table of the action losses after training, means over seeds."""
+    tasks, methods = complete(table, [task for task in TASKS if "longer" not in task], LAMO_AND_DT)
+    rows = [["action loss"]]
+    for method in methods:
+        rows[0] += [f"{name_of(method)}, trained on", f"{name_of(method)}, held out"]
+    for task in tasks:
+        row = [task]
+        for method, name in itertools.product(methods, ("train_loss", "held_out_loss")):
+            losses = [rows_of_run[-1][name] for rows_of_run in table[task, method]]
+            row.append(f"{np.mean([*map(float, losses)]):.4f}" if all(losses) else "–")
+        rows.append(row)
+    return markdown(rows)
+
+
 def difference(ours, theirs):
     """Return how much scores differ in pairs of runs with the same seed: lists of (seeds,) by task.
 
@@ -186,7 +202,7 @@ def draw(table, tasks, methods, path):
     how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, panels = plt.subplots(lines, columns, figsize=size, **how)
     for axes, group in zip(panels.flat, groups):
-        for row, (method, style) in enumerate(zip(methods, cycle(STYLES))):
+        for row, (method, style) in enumerate(zip(methods, itertools.cycle(STYLES))):
             scores = [column(table[task, method], "best_score") for task in group]
             _, low, high = draw_interval(axes, scores, -row, style)
             if row == 0:
@@ -261,7 +277,8 @@ def draw_longer(table, tasks, methods, path):
 
 def main():
     table = read_table()
-    tables, shown = {"settings": settings_lines(table)}, []
+    tables = {"settings": settings_lines(table), "losses": losses_lines(table)}
+    shown = []
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
         if tasks and len(methods) > 1 and (tasks, methods) not in shown:
