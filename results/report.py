@@ -101,6 +101,11 @@ def markdown(rows):
     return [header, "|---" * len(rows[0]) + "|", *lines]
 
 
+def format_difference(ours, theirs):
+    """Return the `difference` of scores and its interval, as text."""
+    return "{:+.1f} ({:.1f} to {:.1f})".format(*difference(ours, theirs))
+
+
 def settings_lines(table):
     """Return the lines of a table of the settings that were chosen."""
     chosen = {}
@@ -119,9 +124,12 @@ def returns_lines(table, tasks, methods):
     """Return the lines of a table of returns.
 
     A cell has the best target's return, mean and spread over seeds, and in brackets the mean over
-    all targets.
+    all targets. Several tasks also have the differences of the scores.
     """
     rows = [["return", *map(name_of, methods)]]
+    if len(tasks) > 1:
+        first, *others = map(name_of, methods)
+        rows[0] += [f"{other} minus {first}, score" for other in others]
     for task in tasks:
         row = [task]
         for method in methods:
@@ -129,6 +137,9 @@ def returns_lines(table, tasks, methods):
             over_targets = column(table[task, method], "mean_return").mean()
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
             row.append(f"{format_spread(returns, digits)} ({over_targets:.{digits}f})")
+        if len(tasks) > 1:
+            first, *others = (column(table[task, method], "best_score") for method in methods)
+            row += [format_difference([first], [scores]) for scores in others]
         rows.append(row)
     if len(methods) > len(tasks):
         rows = list(zip(*rows))  # rather long than wide
@@ -152,10 +163,9 @@ def scores_lines(table, tasks, methods):
         if method == methods[0]:
             rows.append([*row, "", "", ""])
             continue
-        *found, visible = difference(best[0], ours)
-        *found_over_targets, _ = difference(over_targets[0], ours_over_targets)
-        row += ["{:+.1f} ({:.1f} to {:.1f})".format(*it) for it in (found, found_over_targets)]
-        rows.append([*row, f"{visible:.1f}"])
+        row.append(format_difference(best[0], ours))
+        row.append(format_difference(over_targets[0], ours_over_targets))
+        rows.append([*row, f"{difference(best[0], ours)[-1]:.1f}"])
     return markdown(rows)
 
 

@@ -41,6 +41,9 @@ T_QUANTILES = {  # Student's t at 97.5 % and 80 %, by degrees of freedom, from a
     6: (2.447, 0.906),
     8: (2.306, 0.889),
     12: (2.179, 0.873),
+    24: (2.064, 0.857),
+    28: (2.048, 0.855),
+    32: (2.037, 0.853),
 }
 
 
@@ -117,6 +120,19 @@ def difference_pairs(ours, theirs, name):
     ]
 
 
+def check_difference(cell, ours, theirs, name):
+    """Check a cell of a mean difference and its interval; return the difference that would show."""
+    pairs = difference_pairs(ours, theirs, name)
+    mean = statistics.mean(map(statistics.mean, pairs))
+    variances = [statistics.variance(part) / len(part) for part in pairs]
+    error = math.sqrt(sum(variances)) / len(pairs)
+    half, power = T_QUANTILES[sum(len(part) - 1 for part in pairs)]
+    expected = [mean, mean - half * error, mean + half * error]
+    printed = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
+    assert printed == pytest.approx(expected, abs=0.06 + 1e-3 * error)
+    return (half + power) * error
+
+
 def test_tables_are_those_of_the_runs():
     rows, settings = read_rows(""), read_settings()
     returns, scores = (read_tables("README.md", corner) for corner in ("return", "score"))
@@ -124,17 +140,23 @@ def test_tables_are_those_of_the_runs():
         del table[1]
         if table[0][1] in make.TASKS:
             table = list(zip(*table))
-        methods, tasks = table[0][1:], [line[0] for line in table[1:]]
+        methods = [name for name in table[0][1:] if " minus " not in name]
+        tasks = [line[0] for line in table[1:]]
         runs = {
             method: [runs_of(rows, task, method, settings) for task in tasks] for method in methods
         }
         for number, (_, *cells) in enumerate(table[1:]):
-            for method, cell in zip(methods, cells, strict=True):
+            for method, cell in zip(methods, cells):
                 results = runs[method][number].values()
                 check_spread(cell, [float(row["best_return"]) for row in results])
                 over_targets = statistics.mean(float(row["mean_return"]) for row in results)
                 in_brackets = float(cell.split("(")[1].rstrip(")"))
                 assert in_brackets == pytest.approx(over_targets, rel=1e-2)
+            differences = cells[len(methods) :]
+            assert len(differences) == (len(methods) - 1 if len(tasks) > 1 else 0)
+            for method, cell in zip(methods[1:], differences):
+                ours, theirs = runs[methods[0]][number], runs[method][number]
+                check_difference(cell, [ours], [theirs], "best_score")
 
         assert [line[0] for line in lines] == [*methods]
         for method, middle, *cells in lines:
@@ -148,16 +170,8 @@ def test_tables_are_those_of_the_runs():
             if method == methods[0]:
                 continue
             for name, cell in zip(("best_score", "mean_score"), cells):
-                pairs = difference_pairs(runs[methods[0]], runs[method], name)
-                mean = statistics.mean(map(statistics.mean, pairs))
-                variances = [statistics.variance(part) / len(part) for part in pairs]
-                error = math.sqrt(sum(variances)) / len(pairs)
-                half, power = T_QUANTILES[sum(len(part) - 1 for part in pairs)]
-                expected = [mean, mean - half * error, mean + half * error]
-                printed = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
-                assert printed == pytest.approx(expected, abs=0.06 + 1e-3 * error)
+                visible = check_difference(cell, runs[methods[0]], runs[method], name)
                 if name == "best_score":
-                    visible = (half + power) * error
                     assert float(cells[2]) == pytest.approx(visible, rel=1e-3, abs=0.06)
 
 
@@ -210,7 +224,7 @@ def test_losses_in_the_page_are_those_of_the_runs():
     page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
     rows = read_rows("")
     lines = re.findall(r"(?m)^\| ([a-z][^|]*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page)
-    assert len(lines) == 5
+    assert len(lines) >= 9
     language = defaultdict(list)
     for task, *cells in lines:
         columns = itertools.product(("lamo", "dt"), ("train_loss", "held_out_loss"))
