@@ -308,7 +308,7 @@ def main():
         print(name, *lines, "", sep="\n")
         # The table after the comment with its name, and what was there before
         old = rf"<!-- {name} -->\n+(?:\|.*\n+)*"
-        new = "\n".join([f"<!-- {name} -->", "", *lines, "", ""])
+        new = "\n".join([f"<!-- {name} -->", "", *lines]).strip() + "\n\n"
         page = re.sub(old, new, page)
     (HERE / "README.md").write_text(page)
 
