@@ -70,7 +70,7 @@ def spec_to_json(spec):
 
 
 def spec_from_json(text):
-    """Return the EnvSpec that a file describes. The file cannot make code of its own run.
+    """Return the EnvSpec that a file describes. Nothing in the file runs as code.
 
     The environment must be in Gymnasium's registry, after importing gymnasium_robotics, demo/ and
     Atari's games, and its wrappers must be Gymnasium's own. Raises ValueError if not, or if there

@@ -268,7 +268,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """(..., in) -> (..., out)"""
         # Nothing is dropped in evaluation mode, so one product with W + (alpha / r) B A is enough.
-        # In bfloat16 that sum would be rounded in another way than in training.
+        # In bfloat16, that would round differently than in training.
         if not self.training and not torch.is_autocast_enabled(x.device.type):
             update = (self.B @ self.A).flatten(0, 1)  # (out, in)
             return F.linear(x, self.weight + self.scale * update, self.bias)
@@ -1211,7 +1211,7 @@ def load_dataset(name):
             f"--data {name} is neither a folder nor an id, such as mujoco/hopper/medium-v0"
         )
     namespace, _, rest = name.partition("/")
-    # The small file first, so that the hub is asked for both within a moment, and has one commit.
+    # The small file first, so that both are looked up within a moment, at the same commit.
     for filename in ("metadata.json", "main_data.hdf5"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
     return minari.MinariDataset(path.parent)
@@ -1576,8 +1576,8 @@ def action_bounds(space, actions):
 def episode_limit(config, spec, trajectories):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
-    The longest trajectory sets it where the environment has no limit. It also does for a dataset
-    that belongs to no task, if it was cut off, and the environment's limit is ten times as long.
+    Where the environment has no limit, the longest trajectory sets it. It also does for a dataset
+    that belongs to no task, if that trajectory was cut off at less than a tenth of the limit.
     """
     if config.max_steps:
         return config.max_steps
@@ -1726,8 +1726,9 @@ def configure(given):
 def with_full_paths(given):
     """Return options in which the user's files have full paths, valid from any directory."""
     given = dict(given)
+    reserved = {"lm": "none", "text": Config.text}  # not a file, whatever this directory holds
     for name in given.keys() & {"lm", "data", "text"}:
-        if given[name] in ("", "none", Config.text):  # whatever this directory holds
+        if given[name] in ("", reserved.get(name)):
             continue
         path = Path(given[name])
         if path.exists() and path.resolve() != (HERE / path).resolve():

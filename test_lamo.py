@@ -2373,6 +2373,7 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
         [name] = given.values()
         (tmp_path / name).mkdir()
         assert lamo.with_full_paths(given) == given
+    assert lamo.with_full_paths({"data": "none"}) == {"data": str(tmp_path / "none")}
 
 
 def test_the_manuals_loop_gives_the_return_of_an_evaluation(trained, capsys):
@@ -3145,6 +3146,32 @@ def test_without_the_hub_the_demo_is_taken(monkeypatch):
     )
     monkeypatch.setattr(lamo, "rank_and_world", lambda: (1, 2))
     assert not lamo.configure({})[0].demo  # torchrun's processes could disagree
+
+
+def test_both_files_of_a_dataset_are_of_one_commit(tmp_path, monkeypatch):
+    """On the hub, another commit lands while the large file is downloaded."""
+    commits = ["old", "new"]
+
+    def find_file(dataset, filename):
+        path = tmp_path / commits[0] / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HOPPER / path.name, path)
+        if path.name == "main_data.hdf5":
+            commits.pop(0)
+        return path
+
+    monkeypatch.setattr(lamo, "find_file", find_file)
+    assert lamo.load_dataset("mujoco/hopper/medium-v0").total_episodes > 1
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    def zeros(*size, dtype=torch.float32, device=None):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(InputError, match="cannot use --device mps"):
+        lamo.set_up_device("mps")
 
 
 def test_where_a_cached_dataset_is_damaged_the_demo_is_taken(tmp_path, monkeypatch):

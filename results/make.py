@@ -85,8 +85,8 @@ LAMO_AND_DT = ["lamo", "dt"]
 TRAINED = ["all trained", "random trunk, all trained"]
 LESS_KITCHEN = ["kitchen-partial", "kitchen-partial 10%", "kitchen-partial 3%"]
 LESS_HOPPER = ["hopper", "hopper 10%", "hopper 3%"]
-OTHERS = ["walker2d", "halfcheetah", "kitchen-mixed", "kitchen-complete"]
-OTHERS += ["walker2d 10%", "halfcheetah 10%", "hopper delayed"]
+OTHER_TASKS = ["walker2d", "halfcheetah", "kitchen-mixed", "kitchen-complete"]
+HARDER = ["walker2d 10%", "halfcheetah 10%", "hopper delayed"]
 SIX = ["hopper", "hopper 10%", "walker2d", "halfcheetah", "kitchen-partial", "reacher2d"]
 QUESTIONS = [  # in the order in which they are answered: tasks, and the methods that run on them
     (LESS_KITCHEN, LAMO_AND_DT),
@@ -96,11 +96,11 @@ QUESTIONS = [  # in the order in which they are answered: tasks, and the methods
     (["reacher2d"], VARIANTS),
     (["reacher2d 10%, longer"], LAMO_AND_DT + TRAINED),
     (["reacher2d"], DT_WITH_MLPS),
-    (["hopper", *OTHERS[:4]], LAMO_AND_DT),
+    (["hopper", *OTHER_TASKS], LAMO_AND_DT),
     (list(TUNED_ON.values()), CHEAP_BASELINES),
     (["kitchen-partial 10%, longer", "hopper 3%, longer"], LAMO_AND_DT + TRAINED),
-    ([*OTHERS[4:], "kitchen-partial 30%", "hopper 30%"], LAMO_AND_DT),
-    (["reacher2d", *LESS_KITCHEN, *LESS_HOPPER, *OTHERS], ["wiki-rl"]),
+    ([*HARDER, "kitchen-partial 30%", "hopper 30%"], LAMO_AND_DT),
+    (["reacher2d", *LESS_KITCHEN, *LESS_HOPPER, *OTHER_TASKS, *HARDER], ["wiki-rl"]),
     (["kitchen-partial", "hopper 10%", "walker2d"], VARIANTS),
     (SIX, BASELINES),
 ]

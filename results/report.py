@@ -19,12 +19,13 @@ from results.make import (
     COMPARED,
     DOMAIN,
     DT_WITH_MLPS,
+    HARDER,
     HERE,
     LAMO_AND_DT,
     LESS_HOPPER,
     LESS_KITCHEN,
     METHODS,
-    OTHERS,
+    OTHER_TASKS,
     SIX,
     TASKS,
     TRAINED,
@@ -47,7 +48,7 @@ NAMES = {
     "iql": "IQL",
     "cql": "CQL",
 }
-MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHERS]
+MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHER_TASKS, *HARDER]
 COMPARISONS = {  # tasks and methods, by name; the first method is the one that others differ from
     "methods": (MAIN, [*COMPARED]),
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], [*COMPARED]),
@@ -126,10 +127,9 @@ def returns_lines(table, tasks, methods):
     A cell has the best target's return, mean and spread over seeds, and in brackets the mean over
     all targets. Several tasks also have the differences of the scores.
     """
+    first, *others = methods if len(tasks) > 1 else methods[:1]
     rows = [["return", *map(name_of, methods)]]
-    if len(tasks) > 1:
-        first, *others = map(name_of, methods)
-        rows[0] += [f"{other} minus {first}, score" for other in others]
+    rows[0] += [f"{name_of(other)} minus {name_of(first)}, score" for other in others]
     for task in tasks:
         row = [task]
         for method in methods:
@@ -137,9 +137,8 @@ def returns_lines(table, tasks, methods):
             over_targets = column(table[task, method], "mean_return").mean()
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
             row.append(f"{format_spread(returns, digits)} ({over_targets:.{digits}f})")
-        if len(tasks) > 1:
-            first, *others = (column(table[task, method], "best_score") for method in methods)
-            row += [format_difference([first], [scores]) for scores in others]
+        scores = {method: [column(table[task, method], "best_score")] for method in methods}
+        row += [format_difference(scores[first], scores[other]) for other in others]
         rows.append(row)
     if len(methods) > len(tasks):
         rows = list(zip(*rows))  # rather long than wide
@@ -178,7 +177,7 @@ def losses_lines(table):
     for task in tasks:
         row = [task]
         for method, name in itertools.product(methods, ("train_loss", "held_out_loss")):
-            losses = [rows_of_run[-1][name] for rows_of_run in table[task, method]]
+            losses = [run[-1][name] for run in table[task, method]]
             row.append(f"{np.mean([*map(float, losses)]):.4f}" if all(losses) else "–")
         rows.append(row)
     return markdown(rows)

@@ -33,7 +33,7 @@ def action_loss(model, trajectories):
 
 def read_documents(lm, block):
     """Return the Text of a thousand docstrings, in the tokens of a language model."""
-    tokenizer = lamo.from_transformers("AutoTokenizer", lm)
+    tokenizer = lamo.load_tokenizer(lm)
     text = "\n".join(itertools.islice(documents(["stdlib"]), DOCUMENTS))
     tokens = lamo.tokenize(text, tokenizer)
     return lamo.Text(tokens, tokens, block)
