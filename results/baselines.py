@@ -90,10 +90,10 @@ class Policy(torch.nn.Module):
 
 def main(arguments):
     """Train and evaluate as the command line says."""
-    import d3rlpy
-
     if not arguments or arguments[0] not in BASELINES:
         raise lamo.InputError(f"name a method first, one of {', '.join(BASELINES)}")
+    import d3rlpy
+
     name, *arguments = arguments
     given = lamo.parse(arguments, "results.baselines") | {"method": "dt"}  # which loads no text
     config, title = lamo.configure(given)
