@@ -102,7 +102,7 @@ def spec_from_json(text):
 def seen(observation):
     """Return what a policy sees of an observation, or of those of an episode.
 
-    Of a dict it sees the arrays, joined in the order of their names; dicts inside it are left out.
+    From a dict it sees the arrays, joined in alphabetical order; dicts inside it are left out.
     """
     if not isinstance(observation, dict):
         return np.asarray(observation)
@@ -431,6 +431,8 @@ def record(policy, spec, target, seed, path, delayed=False):
     """Write a .gif or .mp4 of an episode; return the episode's return and its length in steps."""
     import imageio.v2 as imageio
 
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     environments = Environments(spec, num_envs=1, render_mode="rgb_array")
     fps = environments.envs[0].metadata.get("render_fps", 25)
     every = max(1, round(fps / 25))
@@ -490,8 +492,6 @@ def main(arguments):
     options = parser.parse_args(arguments)
     if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
         parser.error(f"--video {options.video} must end in .gif or .mp4")
-    if options.video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
 
     policy, config, header = lamo.load(options.folder, options.device, options.lm)
     print(header["title"])
@@ -516,7 +516,6 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    import eval  # so that lamo.py and this script share one copy of this module
     import lamo
 
-    lamo.run_command(eval.main, "eval.py")
+    lamo.run_command(main, "eval.py")

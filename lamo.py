@@ -193,7 +193,7 @@ class Config:
     method: str = option("lamo", "LaMo, Decision Transformer or Wiki-RL", choices=[*METHODS])
     lm: str = option(
         "gpt2",
-        "language model, hub name or folder; none: random weights; needs --lang-coef 0",
+        "language model, hub name or folder; none: random weights, which needs --lang-coef 0",
     )
     lora_rank: int = option(16, "rank r of LoRA; 0: no LoRA", type=COUNT_OR_ZERO)
     lora_alpha: float = option(32.0, "LoRA adds alpha / r * B A x", type=AMOUNT)
@@ -330,8 +330,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with the parameter names of its published checkpoints.
 
-    It is the trunk of LaMo. Other language models are a CausalLM; to use something else, return it
-    from `build_trunk`. A replacement needs
+    It is the trunk of LaMo. CausalLM wraps other language models; to use another kind of trunk,
+    return it from `build_trunk`. A replacement needs
 
         width                            D
         forward(x)                       embeddings (B, T, D) -> hidden states (B, T, D), causal
@@ -424,12 +424,11 @@ class GPT2(nn.Module):
 class CausalLM(nn.Module):
     """Any other causal language model of transformers as a trunk: Llama, Qwen, Gemma, OPT, Pythia.
 
-    It has the methods of GPT2 that LaMo uses. Whatever the model does to embeddings, it still does:
-    positions, learned or rotary, scaling, sliding windows. Its dropout is its own. Raises
-    InputError if the model is not causal.
+    It has the methods of GPT2 that LaMo uses. Positions, learned or rotary, sliding windows and
+    dropout are the model's own. Raises InputError if the model is not causal.
     """
 
-    # Queries, keys and values: by themselves, or fused in a layer
+    # Queries, keys and values: separate, or fused in one layer
     PROJECTIONS = "q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn"
 
     def __init__(self, theirs, bf16=False):
@@ -438,7 +437,7 @@ class CausalLM(nn.Module):
         self.vocab_size, self.width = theirs.get_input_embeddings().weight.shape
         self.n_positions = getattr(theirs.config, "max_position_embeddings", None) or math.inf
 
-        # An encoder, such as BERT, shows the future: what differs in token 1 changes token 0.
+        # An encoder, such as BERT, sees the future: a change in token 1 changes the output at 0.
         x = torch.zeros(2, 2, self.width)
         x[1, 1] = torch.linspace(-9, 9, self.width)
         with torch.no_grad():
@@ -470,7 +469,8 @@ class CausalLM(nn.Module):
     def forward(self, x):
         """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
+            outputs = self.model.base_model(inputs_embeds=x, use_cache=False)
+        return outputs.last_hidden_state.to(x.dtype)
 
     def language_loss(self, tokens):
         """Return the mean cross-entropy, in nats, of each next token of text (B, T)."""
@@ -509,7 +509,7 @@ class ImageEncoder(nn.Module):
 
     The channels are the shorter of the first and the last axis. The layers are those of Mnih et al.
     (2015), as in the authors' Atari code. Images of fewer than 36 pixels a side have the one layer
-    of MinAtar (Young and Tian 2019), which loses no position. Raises InputError below 3 x 3.
+    of MinAtar (Young and Tian 2019), whose stride of 1 keeps every position. Raises InputError below 3 x 3.
     """
 
     def __init__(self, shape):
@@ -583,8 +583,8 @@ class LaMo(nn.Module):
         else:
             self.action_head = nn.Sequential(nn.Linear(D, A), nn.Tanh())
 
-        # Buffers travel with the weights, so that a checkpoint is all that acting needs.
-        # They are float64, so that numbers are centred before they are rounded to float32.
+        # Buffers, so that they move with the model to its device. They are float64, so that numbers
+        # are centred before they are rounded to float32.
         low, high = torch.tensor([action_low, action_high], dtype=torch.float64)
         self.register_buffer("return_scale", torch.tensor(return_scale, dtype=torch.float64))
         self.register_buffer("state_mean", torch.tensor(state_mean, dtype=torch.float64))
@@ -614,8 +614,9 @@ class LaMo(nn.Module):
             self.embed_action(self.scale_actions(actions)),
         ]
         x = torch.stack(parts, dim=2)  # (B, K, 3, D)
-        # After the LayerNorm, as in the authors' D4RL code; Decision Transformer adds it before.
         timesteps = timesteps.clamp(max=self.max_timesteps - 1)  # later ones are not in the data
+        # Timesteps are added after the LayerNorm, as in the authors' D4RL code; Decision Transformer
+        # adds them before it.
         x = self.embed_ln(x) + self.embed_timestep(timesteps).unsqueeze(2)
         return x.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
 
@@ -687,7 +688,7 @@ class Trajectories:
             if not np.isfinite(part).all():
                 raise InputError("an observation, an action or a reward in the data is not finite")
         states, actions = concatenate(observations), np.concatenate(actions)
-        self.state_mean = self.state_std = np.empty(0)  # of images
+        self.state_mean = self.state_std = np.empty(0)  # images have none
         if states.ndim == 2:
             self.state_mean = states.mean(axis=0, dtype=np.float64)  # (S,)
             std = states.std(axis=0, dtype=np.float64)
@@ -751,21 +752,36 @@ def concatenate(arrays):
 
 
 class Text:
-    """Text as flat arrays of token ids, to train on and held out; a batch is random crops."""
+    """Text as flat tensors of token ids: one to train on, one held out.
 
-    def __init__(self, tokens, held_out, block):
+    Args:
+        tokens, held_out: arrays of token ids.
+        block: T, the tokens in a crop.
+        first: the id that each crop starts with, for a model whose texts all do; else None.
+    """
+
+    def __init__(self, tokens, held_out, block, device="cpu", first=None):
         if min(len(tokens), len(held_out)) < block:
             raise InputError(
                 f"--text-block {block} is longer than the text ({len(tokens)} tokens to train on,"
                 f" {len(held_out)} held out); lower --text-block, or give more --text"
             )
-        self.tokens, self.held_out, self.block = tokens, held_out, block
+        self.tokens = torch.tensor(tokens, dtype=torch.int32, device=device)
+        self.held_out = torch.tensor(held_out, dtype=torch.int32, device=device)
+        self.block, self.first = block, first
+
+    def crops(self, tokens, starts):
+        """Return the crops (B, T) of a text that begin at `starts` (B,)."""
+        positions = torch.arange(self.block, device=starts.device)
+        crops = tokens[starts.unsqueeze(-1) + positions].long()
+        if self.first is not None:
+            crops[:, 0] = self.first
+        return crops
 
     def batch(self, size):
-        """Draw random crops of the text to train on: (B, T) token ids, on the CPU."""
-        starts = torch.randint(len(self.tokens) - self.block + 1, (size,)).tolist()
-        crops = [self.tokens[start : start + self.block] for start in starts]
-        return torch.from_numpy(np.stack(crops).astype(np.int64))
+        """Draw random crops of the text to train on: (B, T) token ids."""
+        count = len(self.tokens) - self.block + 1
+        return self.crops(self.tokens, torch.randint(count, (size,), device=self.tokens.device))
 
     @torch.no_grad()
     def held_out_loss(self, trunk):
@@ -773,15 +789,10 @@ class Text:
 
         The trunk should be in evaluation mode.
         """
-        device = next(trunk.parameters()).device
         count = min(32, len(self.held_out) // self.block)
-        losses = []
-        for start in np.linspace(0, len(self.held_out) - self.block, count).astype(int):
-            tokens = self.held_out[start : start + self.block].astype(np.int64)
-            losses.append(
-                trunk.language_loss(torch.from_numpy(tokens).to(device).unsqueeze(0)).item()
-            )
-        return float(np.mean(losses))
+        starts = np.linspace(0, len(self.held_out) - self.block, count).astype(int)
+        blocks = self.crops(self.held_out, torch.tensor(starts, device=self.held_out.device))
+        return float(np.mean([trunk.language_loss(block).item() for block in blocks.split(1)]))
 
 
 # -------------------------------------------------------------------------------- training
@@ -790,7 +801,7 @@ SAVE_EVERY = 60  # seconds
 
 
 def make_optimizer(model, config):
-    """Return AdamW over the parameters that train."""
+    """Return AdamW over the parameters that train, with the authors' epsilon."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         trained, config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=trained[0].is_cuda
@@ -816,7 +827,7 @@ def draw(trajectories, text, config, step):
     seed = config.seed * config.steps + step
     torch.manual_seed(seed)
     batch = trajectories.batch(config.batch, config.context)
-    tokens = text.batch(config.text_batch).to(config.device) if text else None
+    tokens = text.batch(config.text_batch) if text else None
     rank, world = rank_and_world()
     if world > 1:
         batch = {name: part[rank::world] for name, part in batch.items()}
@@ -903,7 +914,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
 def first_seed(config):
     """Return the simulator's seed of the first evaluation episode; no two --seed share one."""
-    return 10_000 * config.seed
+    return 10_000 * config.seed  # --episodes is at most 10,000
 
 
 def run_argument(out, env):
@@ -1160,10 +1171,11 @@ def tokenize(text, tokenizer):
     """Return the token ids of a text, in one flat array.
 
     The text is cut before words, where GPT-2's tokenizer cuts it anyway. So the tokens are those of
-    the whole text, and memory does not depend on its lines. Tokenizers of another kind may differ
+    the whole text, and memory does not depend on how long its lines are. Tokenizers of another kind may differ
     at a cut, once in 50,000 characters.
     """
-    # The longest piece that ends where a space and a word follow; without any, 50,000 characters
+    # As long a piece as possible that ends before a space and a word; if there is none, 50,000
+    # characters
     pieces = re.findall(r"(?s).{1,50000}(?<=\S)(?= \S)|.{1,50000}", text)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts = [np.empty(0, dtype)]
@@ -1180,17 +1192,20 @@ def wikitext_files():
     return [find_file("Salesforce/wikitext", file) for file in files]
 
 
-def load_text(lm, text, block):
+def load_text(lm, text, block, device="cpu"):
     """Return the Text of WikiText-103, or of a file, of which the last tenth is held out."""
     tokenizer = load_tokenizer(lm)
+    # Llama, Gemma and OPT expect a token of their own at the start of a text; GPT-2 does not.
+    start = tokenizer("text")["input_ids"][0]
+    first = start if start == tokenizer.bos_token_id else None
     with on_error(f"cannot read --text {text}; give a file of UTF-8 text"):
         if text == "wikitext":
             tables = [parquet.read_table(path)["text"].to_pylist() for path in wikitext_files()]
             *train, held_out = (tokenize("".join(lines), tokenizer) for lines in tables)
-            return Text(np.concatenate(train), held_out, block)
+            return Text(np.concatenate(train), held_out, block, device, first)
         tokens = tokenize((find_local(text) or Path(text)).read_text("utf-8"), tokenizer)
         train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
-        return Text(train, held_out, block)
+        return Text(train, held_out, block, device, first)
 
 
 # -------------------------------------------------------------------------------- datasets
@@ -1202,16 +1217,16 @@ def load_dataset(name):
             continue
         named = path.parent if path.is_file() else path  # a file of a dataset names it, too
         for folder in (named, named / "data"):
-            # A download that Minari did not finish leaves metadata.json alone.
+            # Of a download that Minari did not finish, only metadata.json is there.
             if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
                 return minari.MinariDataset(folder)
         raise InputError(f"{path} is not a dataset of Minari 0.5{advice_on(path)}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*-v\d+", name):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+-v\d+", name):
         raise InputError(
             f"--data {name} is neither a folder nor an id, such as mujoco/hopper/medium-v0"
         )
     namespace, _, rest = name.partition("/")
-    # The small file first, so that both are looked up within a moment, at the same commit.
+    # The small file first: both are looked up within a moment, so at the same commit.
     for filename in ("metadata.json", "main_data.hdf5"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
     return minari.MinariDataset(path.parent)
@@ -1313,10 +1328,11 @@ def recorded_rewards(dataset, episode):
 
 
 def evaluation_spec(dataset, env):
-    """Return the EnvSpec to evaluate in: what the user names, else where the data was recorded.
+    """Return the EnvSpec to evaluate in: the user's, else the one in which the data was recorded.
 
-    That is not always where the dataset says to evaluate, `--env eval`: in Minari's antmaze-umaze
-    that is another maze (Minari's issue 304). If there is none, the library's error passes through.
+    `--env eval` takes the one that the dataset names for evaluations. The two can differ: for
+    Minari's antmaze-umaze, they are two mazes (Minari's issue 304). If the environment cannot be
+    made, the library's error passes through.
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
@@ -1465,7 +1481,7 @@ def build_trunk(config):
 def prepare(config, title):
     """Load and build all that a run needs, and print what it is.
 
-    Returns the Config with the data's targets, the header of the run (a dict that says what it was
+    Returns the Config, with targets from the data if it had none, the header of the run (a dict that says what it was
     made from), LaMo, Trajectories, Text (None without it) and Environments.
     """
     task = TASKS.get(config.env, OTHER_TASK)
@@ -1528,7 +1544,7 @@ def prepare(config, title):
     # Text, for the language loss
     text, text_loss = None, None
     if config.lang_coef > 0:
-        text = load_text(config.lm, config.text, config.text_block)
+        text = load_text(config.lm, config.text, config.text_block, config.device)
         check_text(text, trunk)
         model.eval()
         text_loss = text.held_out_loss(trunk)
@@ -1539,7 +1555,7 @@ def prepare(config, title):
     arrays = [trajectories.states, trajectories.actions, trajectories.returns_to_go]
     if text:
         arrays += [text.tokens, text.held_out]
-    command = "git describe --always --dirty"  # in a shell, which goes on if there is no git
+    command = "git describe --always --dirty"  # through a shell, so that a missing git is no error
     commit = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
     packages = "torch", "transformers", "gymnasium", "mujoco", "minari"
     header = {
@@ -1675,7 +1691,7 @@ def parse(arguments, program="lamo.py"):
         usage=argparse.SUPPRESS,
         description=__doc__.split("\n")[0],
         epilog="The defaults are those of the authors' runs of LaMo. The other methods change some,"
-        " and the demo, which runs by itself where there is no GPU, changes more.",
+        " and the demo, which is the default without a GPU, changes more.",
         allow_abbrev=False,
     )
     for item in fields(Config):
@@ -1700,26 +1716,26 @@ def configure(given):
     given = with_full_paths(given)
     if "data" in given:
         given = {"env": None} | given  # a dataset brings its environment
-    elif given.get("env", "hopper") not in TASKS:
+    env, method = given.get("env", Config.env), given.get("method", Config.method)
+    if "data" not in given and env not in TASKS:
         tasks = ", ".join(TASKS)
-        raise InputError(
-            f"--env {given['env']} is not one of {tasks}; give its dataset, too: --data"
-        )
-    task = TASKS.get(given.get("env", "hopper"), OTHER_TASK)
+        raise InputError(f"--env {env} is not one of {tasks}; give its dataset, too: --data")
+    task = TASKS.get(env, OTHER_TASK)
     defaults = {"data": task.data, "targets": task.targets, "context": task.context}
-    changes = task.settings | METHODS[given.get("method", "lamo")] | given
+    changes = task.settings | METHODS[method] | given
     config = Config(**defaults | changes)
-    title = f"{config.method} on {config.data}"
+    check_options(config)  # before anything is downloaded
+    title = f"{method} on {config.data}"
 
-    # The processes of torchrun might not agree on whether the hub can be reached.
+    # Under torchrun, only --demo takes the demo: processes might disagree on whether the hub answers.
     reason = None
     if config.demo or rank_and_world()[1] == 1:
         reason = demo.reason(given, lambda: fetch(config))
     if reason:
-        settings = demo.settings(config.env, config.method)
+        settings = demo.settings(env, method)
         config = Config(**defaults | settings | changes | {"demo": True})
+        check_options(config)
         title = f"{demo.NOTICE} ({reason})"
-    check_options(config)
     return config, title
 
 
@@ -1731,6 +1747,7 @@ def with_full_paths(given):
         if given[name] in ("", reserved.get(name)):
             continue
         path = Path(given[name])
+        # This repository's own files keep their short names.
         if path.exists() and path.resolve() != (HERE / path).resolve():
             given[name] = str(path.resolve())
     return given

@@ -488,7 +488,8 @@ def test_other_models_keep_frozen_weights_in_bfloat16(name, family):
         assert 1e-4 < difference < 0.1
         difference = trunk.language_loss(tokens) - exact.language_loss(tokens)
         assert 0 < difference.abs() < 0.1
-    trunk.train()(x).float().square().mean().backward()
+    assert trunk(x).dtype == torch.float32  # as the action head needs it
+    trunk.train()(x).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in trunk.parameters() if p.requires_grad)
 
 
@@ -963,10 +964,11 @@ def test_text_is_cropped_and_held_out(tmp_path, lm_folder):
         == (WORDS + "\n") * 200
     )
     assert len(text.held_out) == len(whole) - len(whole) * 9 // 10
-    crops = {tuple(text.tokens[i : i + 16]): i for i in range(len(text.tokens) - 15)}
+    crops = {tuple(text.tokens[i : i + 16].tolist()): i for i in range(len(text.tokens) - 15)}
     batch = text.batch(50)
     assert batch.shape == (50, 16) and batch.dtype == torch.int64
     assert all(tuple(row.tolist()) in crops for row in batch)
+    assert text.first is None  # GPT-2's texts just begin
     tokens = np.arange(20, dtype=np.uint16)
     text = Text(tokens, tokens, 16)
     torch.manual_seed(0)
@@ -2456,7 +2458,7 @@ def test_a_tokenizer_may_be_vocab_and_merges_alone(lm_folder, tmp_path):
     text, expected = (
         lamo.load_text(str(lm), str(tmp_path / "words.txt"), 16) for lm in (folder, lm_folder)
     )
-    assert np.array_equal(text.tokens, expected.tokens) and len(text.tokens) > 500
+    assert torch.equal(text.tokens, expected.tokens) and len(text.tokens) > 500
 
 
 def test_a_folder_without_a_tokenizer_is_told(tmp_path):
@@ -2470,7 +2472,8 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path):
         lamo.fetch(Config(lm=str(folder), data="demo/lamo/hopper/demo-v0"))  # else no demo
 
 
-def test_what_a_saved_tokenizer_adds_and_cuts_is_turned_off(tmp_path):
+def test_each_crop_starts_as_the_models_texts_do(tmp_path):
+    """A tokenizer that adds a token to each text, as Gemma's does, and also pads and cuts."""
     tokenizer = Tokenizer.from_file(str(HERE / "demo" / "gpt2-tiny" / "tokenizer.json"))
     tokenizer.enable_padding(length=64)
     tokenizer.enable_truncation(8)
@@ -2479,10 +2482,24 @@ def test_what_a_saved_tokenizer_adds_and_cuts_is_turned_off(tmp_path):
     tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[start])
     shutil.copytree(HERE / "demo" / "gpt2-tiny", tmp_path, dirs_exist_ok=True)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|start|>"}))
     text, plain = (
         lamo.load_text(str(lm), "demo/text.txt", 256) for lm in (tmp_path, "demo/gpt2-tiny")
     )
-    assert np.array_equal(text.tokens, plain.tokens)
+    assert torch.equal(text.tokens, plain.tokens) and torch.equal(text.held_out, plain.held_out)
+    torch.manual_seed(0)
+    crops = text.batch(4)
+    torch.manual_seed(0)
+    expected = plain.batch(4)
+    expected[:, 0] = start[1]
+    assert crops.tolist() == expected.tolist()
+
+    class FirstTokens(torch.nn.Module):
+        def language_loss(self, tokens):
+            return tokens[:, 0].float().mean()
+
+    assert text.held_out_loss(FirstTokens()) == start[1]
 
 
 # ---------------------------------------------------------------------------- the command line, its mistakes
@@ -2585,6 +2602,13 @@ def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
         result = command(script, *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert result.stderr.startswith(f"{script}: error: ")
+
+
+def test_options_are_checked_before_anything_is_downloaded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lamo, "fetch", lambda _: pytest.fail("downloads"))
+    with pytest.raises(InputError, match="add --lora-rank 0"):
+        lamo.configure({"train_trunk": True})
 
 
 @pytest.mark.slow
@@ -3088,6 +3112,23 @@ def test_eval_command_and_video(trained, tmp_path):
         first = np.asarray(image.convert("RGB")).astype(int)
         image.seek(image.n_frames - 1)
         assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
+
+
+def test_a_machine_that_cannot_render_evaluates_first(trained, tmp_path, monkeypatch, capsys):
+    class Blind(Environments):
+        def __init__(self, spec, num_envs=20, render_mode=None):
+            if render_mode:
+                raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+            assert "MUJOCO_GL" not in os.environ  # MuJoCo cannot be imported with an absent one
+            super().__init__(spec, num_envs)
+
+    for variable in ("MUJOCO_GL", "DISPLAY"):
+        monkeypatch.setenv(variable, "")  # so that both are as they were after the test
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(evaluation, "Environments", Blind)
+    with pytest.raises(InputError, match="cannot render .*out.gif; try MUJOCO_GL=.*eglQueryString"):
+        evaluation.main([str(trained[0]), "--video", str(tmp_path / "out.gif"), "--episodes", "1"])
+    assert "score: 0 for a return of" in capsys.readouterr().out
 
 
 @pytest.mark.slow

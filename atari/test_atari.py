@@ -144,6 +144,8 @@ def test_settings_are_the_papers():
     assert config.data == "atari/qbert/expert-v0" and config.text_block == 1024
     config, _ = lamo.configure({"env": "qbert", "device": "cpu", "method": "dt"})
     assert (config.lora_rank, config.batch) == (0, 128)  # the method goes before the task
+    limits = [lamo.configure({"env": env, "device": "cpu"})[0].max_steps for env in atari.TASKS]
+    assert limits == [4096, None, None]  # the authors have it for Breakout alone
 
 
 @pytest.mark.parametrize("package", ["ale_py", "cv2"])

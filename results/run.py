@@ -31,12 +31,12 @@ def action_loss(model, trajectories):
     return float(np.mean([model.action_loss(batch).item() for batch in batches]))
 
 
-def read_documents(lm, block):
+def read_documents(lm, block, device="cpu"):
     """Return the Text of a thousand docstrings, in the tokens of a language model."""
     tokenizer = lamo.load_tokenizer(lm)
     text = "\n".join(itertools.islice(documents(["stdlib"]), DOCUMENTS))
     tokens = lamo.tokenize(text, tokenizer)
-    return lamo.Text(tokens, tokens, block)
+    return lamo.Text(tokens, tokens, block, device)
 
 
 class Recorder(lamo.Recorder):
@@ -56,7 +56,9 @@ class Recorder(lamo.Recorder):
                 )
         self.documents = None
         if self.config.lm != "none":
-            self.documents = read_documents(self.config.lm, self.config.text_block)
+            self.documents = read_documents(
+                self.config.lm, self.config.text_block, self.config.device
+            )
 
     def save(self, step, model, optimizer):
         super().save(step, model, optimizer)

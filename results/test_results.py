@@ -358,9 +358,9 @@ def test_run_trains_as_lamo_does_and_measures_more(lm_folder, tmp_path, monkeypa
     assert np.mean(errors) == pytest.approx(measured[-1]["held_out_loss"], rel=0.3)
 
     theirs = GPT2LMHeadModel.from_pretrained(lm_folder)
-    tokens = run.read_documents(lm_folder, config.text_block).tokens.astype(np.int64)
+    tokens = run.read_documents(lm_folder, config.text_block).tokens.long()
     crops = np.linspace(0, len(tokens) - config.text_block, 32).astype(int)
-    crops = torch.stack([torch.from_numpy(tokens[i : i + config.text_block]) for i in crops])
+    crops = torch.stack([tokens[i : i + config.text_block] for i in crops])
     with torch.no_grad():
         expected = theirs.eval()(input_ids=crops, labels=crops).loss.item()
     assert measured[0]["documents_loss"] == pytest.approx(expected, abs=1e-4)
