@@ -509,7 +509,8 @@ class ImageEncoder(nn.Module):
 
     The channels are the shorter of the first and the last axis. The layers are those of Mnih et al.
     (2015), as in the authors' Atari code. Images of fewer than 36 pixels a side have the one layer
-    of MinAtar (Young and Tian 2019), whose stride of 1 keeps every position. Raises InputError below 3 x 3.
+    of MinAtar (Young and Tian 2019), whose stride of 1 keeps every position. Raises InputError
+    below 3 x 3.
     """
 
     def __init__(self, shape):
@@ -1171,11 +1172,10 @@ def tokenize(text, tokenizer):
     """Return the token ids of a text, in one flat array.
 
     The text is cut before words, where GPT-2's tokenizer cuts it anyway. So the tokens are those of
-    the whole text, and memory does not depend on how long its lines are. Tokenizers of another kind may differ
-    at a cut, once in 50,000 characters.
+    the whole text, and memory does not depend on how long its lines are. Tokenizers of another kind
+    may differ at a cut, once in 50,000 characters.
     """
-    # As long a piece as possible that ends before a space and a word; if there is none, 50,000
-    # characters
+    # The longest pieces that end before a space and a word; where there is none, 50,000 characters
     pieces = re.findall(r"(?s).{1,50000}(?<=\S)(?= \S)|.{1,50000}", text)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts = [np.empty(0, dtype)]
@@ -1481,8 +1481,8 @@ def build_trunk(config):
 def prepare(config, title):
     """Load and build all that a run needs, and print what it is.
 
-    Returns the Config, with targets from the data if it had none, the header of the run (a dict that says what it was
-    made from), LaMo, Trajectories, Text (None without it) and Environments.
+    Returns the Config, with targets from the data if it had none, the header of the run (a dict
+    that says what it was made from), LaMo, Trajectories, Text (None without it) and Environments.
     """
     task = TASKS.get(config.env, OTHER_TASK)
     set_up_device(config.device)
