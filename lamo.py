@@ -616,8 +616,8 @@ class LaMo(nn.Module):
         ]
         x = torch.stack(parts, dim=2)  # (B, K, 3, D)
         timesteps = timesteps.clamp(max=self.max_timesteps - 1)  # later ones are not in the data
-        # Timesteps are added after the LayerNorm, as in the authors' D4RL code; Decision Transformer
-        # adds them before it.
+        # Timesteps are added after the LayerNorm, as in the authors' D4RL code; in Decision
+        # Transformer, before it.
         x = self.embed_ln(x) + self.embed_timestep(timesteps).unsqueeze(2)
         return x.flatten(1, 2)  # R_0, s_0, a_0, R_1, ...
 
@@ -1727,7 +1727,7 @@ def configure(given):
     check_options(config)  # before anything is downloaded
     title = f"{method} on {config.data}"
 
-    # Under torchrun, only --demo takes the demo: processes might disagree on whether the hub answers.
+    # Under torchrun, only --demo takes the demo: processes might disagree about the hub.
     reason = None
     if config.demo or rank_and_world()[1] == 1:
         reason = demo.reason(given, lambda: fetch(config))
