@@ -18,12 +18,14 @@ from results.make import (
     BASELINES,
     COMPARED,
     DOMAIN,
+    DROPOUTS,
     DT_WITH_MLPS,
     HARDER,
     HERE,
     LAMO_AND_DT,
     LESS_HOPPER,
     LESS_KITCHEN,
+    LOCOMOTION,
     METHODS,
     OTHER_TASKS,
     SIX,
@@ -34,6 +36,7 @@ from results.make import (
     finished,
     seeds_of,
     tune,
+    with_dropout,
 )
 from results.plot import STYLES, draw_curve, draw_interval, interval
 
@@ -197,6 +200,37 @@ def difference(ours, theirs):
     return middle, middle - half * error, middle + half * error, (half + power) * error
 
 
+def dropout_lines():
+    """Return the lines of a table of LaMo and DT with the dropout that they did not choose.
+
+    A dash stands for what has not run with every seed.
+    """
+    runs = finished()
+
+    def measured(task, method, dropout, name):
+        jobs = with_dropout(task, method, dropout)
+        return column([runs[job] for job in jobs], name) if runs.keys() >= {*jobs} else None
+
+    def spread(task, method, dropout):
+        returns = measured(task, method, dropout, "best_return")
+        return "–" if returns is None else format_spread(returns, 0)
+
+    def differ(tasks, dropout):
+        pair = [
+            [measured(task, method, dropout, "best_score") for task in tasks]
+            for method in LAMO_AND_DT
+        ]
+        missing = any(scores is None for scores in itertools.chain(*pair))
+        return "–" if missing else format_difference(*pair)
+
+    rows = [["task", "LaMo, dropout 0", "DT, dropout 0.1", "DT minus LaMo, both 0", "both 0.1"]]
+    for task in LOCOMOTION:
+        row = [task, spread(task, "lamo", "0"), spread(task, "dt", "0.1")]
+        rows.append([*row, *(differ([task], dropout) for dropout in DROPOUTS)])
+    rows.append(["all", "", "", *(differ(LOCOMOTION, dropout) for dropout in DROPOUTS)])
+    return markdown(rows)
+
+
 def draw(table, tasks, methods, path):
     """Draw a panel for all tasks and, if there are several, one for each; a row for each method.
 
@@ -287,6 +321,7 @@ def draw_longer(table, tasks, methods, path):
 def main():
     table = read_table()
     tables = {"settings": settings_lines(table), "losses": losses_lines(table)}
+    tables["dropout"] = dropout_lines()
     shown = []
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)

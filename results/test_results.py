@@ -41,9 +41,11 @@ T_QUANTILES = {  # Student's t at 97.5 % and 80 %, by degrees of freedom, from a
     6: (2.447, 0.906),
     8: (2.306, 0.889),
     12: (2.179, 0.873),
+    16: (2.120, 0.865),
     24: (2.064, 0.857),
     28: (2.048, 0.855),
     32: (2.037, 0.853),
+    44: (2.015, 0.850),
 }
 
 
@@ -178,6 +180,35 @@ def test_tables_are_those_of_the_runs():
                     assert float(cells[2]) == pytest.approx(visible, rel=1e-3, abs=0.06)
 
 
+def test_the_table_of_dropout_is_that_of_the_runs():
+    [[_, _, *lines]] = read_tables("README.md", "task")
+    runs = defaultdict(dict)  # by task, method and dropout: the rows by seed
+    for row in read_rows(""):
+        if row["method"] in ("lamo", "dt") and int(row["seed"]) < 100:
+            rate, dropout = rate_and_dropout(row)
+            if rate == "1e-2":
+                runs[row["task"], row["method"], dropout][row["seed"]] = row
+    runs = {key: rows for key, rows in runs.items() if sorted(rows) == [*"01234"]}
+    shown, tasks = 0, [line[0] for line in lines[:-1]]
+    assert [line[0] for line in lines] == [*make.LOCOMOTION, "all"]
+    for task, *cells in lines:
+        for cell, choice in zip(cells[:2], (("lamo", "0"), ("dt", "0.1"))):
+            if (task, *choice) in runs:
+                results = runs[task, *choice].values()
+                check_spread(cell, [float(row["best_return"]) for row in results])
+                shown += 1
+            else:
+                assert cell == ("" if task == "all" else "–")
+        for cell, dropout in zip(cells[2:], ("0", "0.1"), strict=True):
+            of = tasks if task == "all" else [task]
+            if all((name, "lamo", dropout) in runs for name in of):
+                pair = ([runs[name, method, dropout] for name in of] for method in ("lamo", "dt"))
+                check_difference(cell, *pair, "best_score")
+            else:
+                assert cell == "–"
+    assert shown > 8
+
+
 def test_tables_of_the_first_comparison_are_those_of_its_runs():
     rows = read_rows("first")
     for header, _, *lines in read_tables("first/README.md", ""):
@@ -227,7 +258,7 @@ def test_losses_in_the_page_are_those_of_the_runs():
     page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
     rows = read_rows("")
     lines = re.findall(r"(?m)^\| ([a-z][^|]*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page)
-    assert len(lines) == 11
+    assert len(lines) == 14
     language = defaultdict(list)
     for task, *cells in lines:
         columns = itertools.product(("lamo", "dt"), ("train_loss", "held_out_loss"))
