@@ -270,6 +270,10 @@ def test_losses_in_the_page_are_those_of_the_runs():
             for name in ("text_loss", "documents_loss"):
                 for when in ("before", "after"):
                     language[name, when].append(float(row[f"{name}_{when}"]))
+    no_dropout = {("lamo", "locomotion"): ("1e-2", "0")}
+    runs = runs_of(rows, "halfcheetah 10%", "lamo", no_dropout)
+    loss = statistics.mean(float(row["held_out_loss"]) for row in runs.values())
+    assert f"LaMo's held-out loss is {loss:.4f}" in " ".join(page.split())
     runs = runs_of(rows, "kitchen-partial 3%", "lamo", settings)
     seeds = [f"{float(row['held_out_loss']):.3f}" for row in runs.values()]
     assert f"{', '.join(seeds)} for LaMo" in page
