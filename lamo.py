@@ -1168,6 +1168,12 @@ def load_tokenizer(name):
     return tokenizer
 
 
+def first_token(tokenizer):
+    """Return the id that each text starts with: Llama, Gemma and OPT have one; GPT-2 has None."""
+    first = tokenizer("text")["input_ids"][0]
+    return first if first == tokenizer.bos_token_id else None
+
+
 def tokenize(text, tokenizer):
     """Return the token ids of a text, in one flat array.
 
@@ -1195,9 +1201,7 @@ def wikitext_files():
 def load_text(lm, text, block, device="cpu"):
     """Return the Text of WikiText-103, or of a file, of which the last tenth is held out."""
     tokenizer = load_tokenizer(lm)
-    # Llama, Gemma and OPT expect a token of their own at the start of a text; GPT-2 does not.
-    start = tokenizer("text")["input_ids"][0]
-    first = start if start == tokenizer.bos_token_id else None
+    first = first_token(tokenizer)
     with on_error(f"cannot read --text {text}; give a file of UTF-8 text"):
         if text == "wikitext":
             tables = [parquet.read_table(path)["text"].to_pylist() for path in wikitext_files()]

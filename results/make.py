@@ -106,7 +106,8 @@ QUESTIONS = [  # in the order in which they are answered: tasks, and the methods
     (["kitchen-partial", "hopper 10%", "walker2d"], VARIANTS),
     (SIX, BASELINES),
 ]
-# LaMo and DT also run with the other's dropout: they have chosen the same rate, not the same dropout.
+# On these, LaMo and DT also run with the other's dropout: they chose the same rate, not the same
+# dropout.
 LOCOMOTION = ["hopper", "hopper 10%", "hopper 3%", "hopper delayed"]
 LOCOMOTION += ["halfcheetah", "halfcheetah 10%", "walker2d", "walker2d 10%"]
 SEEDS = [0, 1, 2, 3, 4]
@@ -139,7 +140,10 @@ def setting(method, rate, dropout):
 
 
 def with_dropout(task, method, dropout):
-    """Return the runs of a method with a dropout that it may not have chosen."""
+    """Return the runs of LaMo or DT in locomotion with a dropout that it may not have chosen.
+
+    The rate is the one that both have chosen.
+    """
     return [(task, method, setting(method, "1e-2", dropout), seed) for seed in SEEDS]
 
 

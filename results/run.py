@@ -36,7 +36,7 @@ def read_documents(lm, block, device="cpu"):
     tokenizer = lamo.load_tokenizer(lm)
     text = "\n".join(itertools.islice(documents(["stdlib"]), DOCUMENTS))
     tokens = lamo.tokenize(text, tokenizer)
-    return lamo.Text(tokens, tokens, block, device)
+    return lamo.Text(tokens, tokens, block, device, lamo.first_token(tokenizer))
 
 
 class Recorder(lamo.Recorder):
