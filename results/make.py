@@ -101,9 +101,11 @@ QUESTIONS = [  # in the order in which they are answered: tasks, and the methods
     (HARDER, LAMO_AND_DT),
     (["hopper 3%, longer"], LAMO_AND_DT),
     (["hopper 30%", "kitchen-partial 30%"], LAMO_AND_DT),
-    (list(TUNED_ON.values()), CHEAP_BASELINES),
+    (["reacher2d 10%, longer"], DT_WITH_MLPS),
+    (["reacher2d"], ["wiki-rl"]),
+    (["reacher2d"], CHEAP_BASELINES),
     (["hopper 3%, longer", "kitchen-partial 10%, longer"], LAMO_AND_DT + TRAINED),
-    (["reacher2d", *LESS_KITCHEN, *LESS_HOPPER, *OTHER_TASKS, *HARDER], ["wiki-rl"]),
+    ([*LESS_KITCHEN, *LESS_HOPPER, *OTHER_TASKS, *HARDER], ["wiki-rl"]),
     (["kitchen-partial", "hopper 10%", "walker2d"], VARIANTS),
     (SIX, BASELINES),
 ]

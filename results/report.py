@@ -16,7 +16,6 @@ from scipy import stats
 
 from results.make import (
     BASELINES,
-    COMPARED,
     DOMAIN,
     DROPOUTS,
     DT_WITH_MLPS,
@@ -53,14 +52,14 @@ NAMES = {
 }
 MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHER_TASKS, *HARDER]
 COMPARISONS = {  # tasks and methods, by name; the first method is the one that others differ from
-    "methods": (MAIN, [*COMPARED]),
-    "less-hopper": ([*LESS_HOPPER, "hopper 30%"], [*COMPARED]),
-    "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], [*COMPARED]),
+    "methods": (MAIN, LAMO_AND_DT),  # not Wiki-RL, which has run on reacher2d only
+    "less-hopper": ([*LESS_HOPPER, "hopper 30%"], LAMO_AND_DT),
+    "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], LAMO_AND_DT),
     "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS, *DT_WITH_MLPS]),
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
-LONGER = [task for task in TASKS if "longer" in task], ["lamo", "dt", *TRAINED]
+LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS]  # the methods that train for longer
 
 
 def read_table():
@@ -295,26 +294,30 @@ def longer_lines(table, task, methods):
     return markdown(rows)
 
 
-def draw_longer(table, tasks, methods, path):
-    """Draw what longer training does: a line of panels for each task, a panel for each measure."""
+def draw_longer(table, tasks, path):
+    """Draw what longer training does: a line of panels for each task, a panel for each measure.
+
+    The tasks are lists of methods by task.
+    """
     size = 3 * len(MEASURES), 2.8 * len(tasks)
     figure, panels = plt.subplots(
         len(tasks), len(MEASURES), figsize=size, squeeze=False, layout="constrained"
     )
-    for task, line in zip(tasks, panels):
+    handles = {}  # of the legend, by label: a method has one, however many tasks it ran on
+    for (task, methods), line in zip(tasks.items(), panels):
         for (measure, title), axes in zip(MEASURES.items(), line):
-            for method, style in zip(methods, STYLES):
-                runs = curves(table, task, method, measure)
+            for method, style in zip(LONGER, STYLES):
+                runs = curves(table, task, method, measure) if method in methods else None
                 if runs:
                     draw_curve(axes, runs, style | {"label": name_of(method)})
+                    handles[name_of(method)] = axes.lines[-1]
             axes.set_title(f"{task.split(',')[0]}\n{title}", fontsize="medium")
             axes.set_xlabel("training steps")
             if measure == "train_loss":
                 axes.set_yscale("log")
             else:
                 axes.set_ylim(bottom=0)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(methods))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=150)
 
 
@@ -330,12 +333,12 @@ def main():
             tables[name] = returns_lines(table, tasks, methods)
             tables[name] += ["", *scores_lines(table, tasks, methods)]
             draw(table, tasks, methods, HERE / f"{name}.png")
-    tasks, methods = complete(table, *LONGER)
-    if tasks and methods:
-        tables["longer"] = []
-        for task in tasks:
-            tables["longer"] += [*longer_lines(table, task, methods), ""]
-        draw_longer(table, tasks, methods, HERE / "longer.png")
+    longer = {task: [method for method in LONGER if (task, method) in table] for task in TASKS}
+    longer = {task: ran for task, ran in longer.items() if "longer" in task and len(ran) > 1}
+    tables["longer"] = [
+        line for task, ran in longer.items() for line in [*longer_lines(table, task, ran), ""]
+    ]
+    draw_longer(table, longer, HERE / "longer.png")
 
     page = (HERE / "README.md").read_text()
     for name, lines in tables.items():
