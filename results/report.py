@@ -43,6 +43,7 @@ NAMES = {
     "lamo": "LaMo",
     "dt": "DT",
     "dt, mlp embedders": "DT, MLP embedders",
+    "dt, dropout 0.1": "DT, dropout 0.1",
     "wiki-rl": "Wiki-RL",
     "bc": "BC",
     "best-bc": "BC, best tenth",
@@ -59,7 +60,8 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
-LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS]  # the methods that train for longer
+# The methods that train for longer; the last with a dropout that DT did not choose
+LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS, "dt, dropout 0.1"]
 
 
 def read_table():
@@ -74,6 +76,9 @@ def read_table():
             jobs = [(task, method, options, seed) for seed in seeds_of(task, method)]
             if all(job in runs for job in jobs):
                 table[task, method] = [runs[job] for job in jobs]
+    jobs = with_dropout("hopper 3%, longer", "dt", "0.1")
+    if all(job in runs for job in jobs):
+        table["hopper 3%, longer", "dt, dropout 0.1"] = [runs[job] for job in jobs]
     return table
 
 

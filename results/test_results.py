@@ -239,12 +239,14 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
         lines = re.findall(r"(?m)^\| (.*), ([\d,]+) steps \| (.*) \|$", body)
         assert len(lines) == 3 * len(columns)
         for title, step, cells in lines:
-            for method, cell in zip(methods.split(" | "), cells.split(" | "), strict=True):
+            for name, cell in zip(methods.lower().split(" | "), cells.split(" | "), strict=True):
+                method, _, dropout = name.partition(", dropout ")
+                setting = settings[method, make.DOMAIN[task]]
                 numbers = {
                     row["seed"]: row[columns[title]]
                     for row in rows
-                    if (row["task"], row["method"].lower()) == (task, method.lower())
-                    and rate_and_dropout(row) == settings[method.lower(), make.DOMAIN[task]]
+                    if (row["task"], row["method"]) == (task, method)
+                    and rate_and_dropout(row) == (setting[0], dropout or setting[1])
                     and row["step"] == step.replace(",", "")
                 }
                 assert sorted(numbers) == list("012")
