@@ -195,11 +195,14 @@ def difference(ours, theirs):
 
     Returns the mean over tasks and its 95 % t interval, low and high, with tasks as strata; and the
     smallest true difference that such an interval excludes zero for with a probability of 80 %.
+    Tasks differ in their spread, so the degrees of freedom are those of Welch and Satterthwaite.
     """
     pairs = [second - first[: len(second)] for first, second in zip(ours, theirs)]
     middle = np.mean([pair.mean() for pair in pairs])
-    error = math.sqrt(sum(pair.var(ddof=1) / len(pair) for pair in pairs)) / len(pairs)
-    freedom = sum(len(pair) - 1 for pair in pairs)
+    variances = np.array([pair.var(ddof=1) / len(pair) for pair in pairs])  # of the tasks' means
+    error = math.sqrt(variances.sum()) / len(pairs)
+    weights = variances / variances.sum()
+    freedom = 1 / sum(weight**2 / (len(pair) - 1) for weight, pair in zip(weights, pairs))
     half, power = stats.t.ppf([0.975, 0.8], freedom)
     return middle, middle - half * error, middle + half * error, (half + power) * error
 
