@@ -60,8 +60,8 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
-# The methods that train for longer; the last with a dropout that DT did not choose
-LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS, "dt, dropout 0.1"]
+WITH_DROPOUT = ["dt, dropout 0.1", *(f"{method}, dropout 0.1" for method in TRAINED)]
+LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS, *WITH_DROPOUT]  # the methods that train for longer
 
 
 def read_table():
@@ -76,9 +76,13 @@ def read_table():
             jobs = [(task, method, options, seed) for seed in seeds_of(task, method)]
             if all(job in runs for job in jobs):
                 table[task, method] = [runs[job] for job in jobs]
-    jobs = with_dropout("hopper 3%, longer", "dt", "0.1")
-    if all(job in runs for job in jobs):
-        table["hopper 3%, longer", "dt, dropout 0.1"] = [runs[job] for job in jobs]
+
+    # With LaMo's setting, whatever theirs is
+    for name in WITH_DROPOUT:
+        method, dropout = name.split(", dropout ")
+        jobs = with_dropout("hopper 3%, longer", method, dropout)
+        if all(job in runs for job in jobs):
+            table["hopper 3%, longer", name] = [runs[job] for job in jobs]
     return table
 
 
@@ -323,7 +327,7 @@ def draw_longer(table, tasks, path):
             axes.set_xlabel("training steps")
             if measure == "train_loss":
                 axes.set_yscale("log")
-            else:
+            elif measure == "best_score":
                 axes.set_ylim(bottom=0)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=150)
