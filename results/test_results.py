@@ -255,6 +255,51 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
                     check_spread(cell, [*map(float, numbers.values())])
 
 
+def test_the_text_on_longer_training_says_what_the_runs_do():
+    page = " ".join((HERE / "results" / "README.md").read_text().split())
+    measured = defaultdict(lambda: defaultdict(list))  # by method and dropout, and column and step
+    for row in csv.DictReader((HERE / "results" / "runs.csv").open()):
+        if row["task"] == "hopper 3%, longer" and rate_and_dropout(row)[0] == "1e-2":
+            method = row["method"], rate_and_dropout(row)[1]
+            for name in ("best_score", "train_loss", "held_out_loss"):
+                measured[method][name, int(row["step"])].append(float(row[name]))
+    lamo_runs, dt_runs, dt_with_dropout = (
+        measured[method] for method in (("lamo", "0.1"), ("dt", "0"), ("dt", "0.1"))
+    )
+
+    losses = [
+        [runs["held_out_loss", step] for step in (1000, 10_000)]
+        for runs in (lamo_runs, dt_runs, dt_with_dropout)
+    ]
+    changes = [round(100 * (sum(last) / sum(first) - 1)) for first, last in losses]
+    assert f"rises by {changes[1]} % for DT, and falls by {-changes[0]} % for LaMo" in page
+    assert f"the loss of DT on held-out trajectories rises by {changes[2]} %" in page
+    assert all(last < first for first, last in zip(*losses[0], strict=True))
+    assert all(last > first for first, last in zip(*losses[1], strict=True))
+
+    fit = [statistics.mean(runs["train_loss", 10_000]) for runs in (lamo_runs, dt_runs)]
+    assert f"its loss on them ends at {fit[0]:.4f}, DT's at {fit[1]:.6f}" in page
+
+    random_trunk = measured["random trunk, all trained", "0.1"]
+    for runs, verb in (random_trunk, "rises"), (lamo_runs, "falls"):
+        first, last = (runs["held_out_loss", step][0] for step in (1000, 10_000))
+        assert f"{verb} from {first:.4f} to {last:.4f}" in page
+    assert f"ends with LaMo's score, {random_trunk['best_score', 10_000][0]:.1f}" in page
+
+    leads = {  # of LaMo's score, by seed
+        step: np.subtract(lamo_runs["best_score", step], dt_runs["best_score", step])
+        for step in (1000, 9000, 10_000)
+    }
+    assert max(leads[1000]) < 0 < min(leads[10_000]) and leads[9000][1] < 0
+    assert "by {:.1f}, {:.1f} and {:.1f} points".format(*leads[10_000]) in page
+    cell = re.search(r"points: DT minus LaMo is ([^.]+\.\d \(.*? to .*?\))", page)[1]
+    pairs = (
+        {str(seed): {"best_score": score} for seed, score in enumerate(runs["best_score", 10_000])}
+        for runs in (lamo_runs, dt_runs)
+    )
+    check_difference(cell, *([pair] for pair in pairs), "best_score")
+
+
 def test_losses_in_the_page_are_those_of_the_runs():
     page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
     rows = read_rows("")
