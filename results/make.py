@@ -148,6 +148,14 @@ def with_dropout(task, method, dropout):
     return [(task, method, options, seed) for seed in seeds_of(task, method)]
 
 
+def controls():
+    """Return longer runs on hopper with LaMo's rate and dropout, whatever the method chose, by name."""
+    return {
+        f"{method}, dropout 0.1": with_dropout("hopper 3%, longer", method, "0.1")
+        for method in ["dt", *TRAINED]
+    }
+
+
 def tune(method, domain, runs):
     """Return the setting of a method for a domain, and the tuning runs that are missing.
 
@@ -290,8 +298,8 @@ def main():
             for method in methods
             if seed in seeds_of(task, method)
         ])  # fmt: skip
-    for method in ["dt", *TRAINED]:  # with LaMo's rate and dropout
-        run(with_dropout("hopper 3%, longer", method, "0.1"))
+    for jobs in controls().values():
+        run(jobs)
     for choice in itertools.product(LOCOMOTION, LAMO_AND_DT, DROPOUTS):
         run(with_dropout(*choice))
 

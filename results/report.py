@@ -32,6 +32,7 @@ from results.make import (
     TRAINED,
     TUNED_ON,
     VARIANTS,
+    controls,
     finished,
     seeds_of,
     tune,
@@ -60,8 +61,7 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
-WITH_DROPOUT = ["dt, dropout 0.1", *(f"{method}, dropout 0.1" for method in TRAINED)]
-LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS, *WITH_DROPOUT]  # the methods that train for longer
+LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS, *controls()]  # the methods that train for longer
 
 
 def read_table():
@@ -69,21 +69,18 @@ def read_table():
 
     A run is a list of its rows, one for each evaluation.
     """
-    runs, table = finished(), {}
+    runs, jobs = finished(), {}
     for task, domain in DOMAIN.items():
         for method in [*METHODS, *BASELINES]:
             options, _ = tune(method, domain, runs)
-            jobs = [(task, method, options, seed) for seed in seeds_of(task, method)]
-            if all(job in runs for job in jobs):
-                table[task, method] = [runs[job] for job in jobs]
-
-    # With LaMo's setting, whatever theirs is
-    for name in WITH_DROPOUT:
-        method, dropout = name.split(", dropout ")
-        jobs = with_dropout("hopper 3%, longer", method, dropout)
-        if all(job in runs for job in jobs):
-            table["hopper 3%, longer", name] = [runs[job] for job in jobs]
-    return table
+            seeds = seeds_of(task, method)
+            jobs[task, method] = [(task, method, options, seed) for seed in seeds]
+    for name, part in controls().items():
+        task = part[0][0]
+        jobs[task, name] = part
+    return {
+        key: [runs[job] for job in part] for key, part in jobs.items() if runs.keys() >= {*part}
+    }
 
 
 def complete(table, tasks, methods):
@@ -286,8 +283,8 @@ MEASURES = {  # columns of runs.csv that are shown over time
 
 def curves(table, task, method, measure):
     """Return a measure of a method's runs by training step, as dicts; None if it has none."""
-    runs = table[task, method]
-    if not runs[0][0][measure]:
+    runs = table.get((task, method))
+    if not runs or not runs[0][0][measure]:
         return None
     return [{int(row["step"]): float(row[measure]) for row in rows} for rows in runs]
 
@@ -307,28 +304,25 @@ def longer_lines(table, task, methods):
 
 
 def draw_longer(table, tasks, path):
-    """Draw what longer training does: a line of panels for each task, a panel for each measure.
-
-    The tasks are lists of methods by task.
-    """
+    """Draw what longer training does: a line of panels for each task, a panel for each measure."""
     size = 3 * len(MEASURES), 2.8 * len(tasks)
     figure, panels = plt.subplots(
         len(tasks), len(MEASURES), figsize=size, squeeze=False, layout="constrained"
     )
-    handles = {}  # of the legend, by label: a method has one, however many tasks it ran on
-    for (task, methods), line in zip(tasks.items(), panels):
+    for task, line in zip(tasks, panels):
         for (measure, title), axes in zip(MEASURES.items(), line):
             for method, style in zip(LONGER, STYLES):
-                runs = curves(table, task, method, measure) if method in methods else None
+                runs = curves(table, task, method, measure)
                 if runs:
                     draw_curve(axes, runs, style | {"label": name_of(method)})
-                    handles[name_of(method)] = axes.lines[-1]
             axes.set_title(f"{task.split(',')[0]}\n{title}", fontsize="medium")
             axes.set_xlabel("training steps")
             if measure == "train_loss":
                 axes.set_yscale("log")
             elif measure == "best_score":
                 axes.set_ylim(bottom=0)
+    # The legend names a method once, however many tasks it ran on.
+    handles = {curve.get_label(): curve for axes in panels.flat for curve in axes.lines}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=150)
 
@@ -345,11 +339,12 @@ def main():
             tables[name] = returns_lines(table, tasks, methods)
             tables[name] += ["", *scores_lines(table, tasks, methods)]
             draw(table, tasks, methods, HERE / f"{name}.png")
-    longer = {task: [method for method in LONGER if (task, method) in table] for task in TASKS}
-    longer = {task: ran for task, ran in longer.items() if "longer" in task and len(ran) > 1}
-    tables["longer"] = [
-        line for task, ran in longer.items() for line in [*longer_lines(table, task, ran), ""]
-    ]
+    longer = {}
+    for task in TASKS:
+        methods = [method for method in LONGER if (task, method) in table]
+        if "longer" in task and len(methods) > 1:
+            longer[task] = [*longer_lines(table, task, methods), ""]
+    tables["longer"] = [*itertools.chain(*longer.values())]
     draw_longer(table, longer, HERE / "longer.png")
 
     page = (HERE / "README.md").read_text()
