@@ -2472,34 +2472,41 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path):
         lamo.fetch(Config(lm=str(folder), data="demo/lamo/hopper/demo-v0"))  # else no demo
 
 
-def test_each_crop_starts_as_the_models_texts_do(tmp_path):
-    """A tokenizer that adds a token to each text, as Gemma's does, and also pads and cuts."""
+@pytest.fixture
+def starting_lm(tmp_path):
+    """A language model whose tokenizer adds a token to each text, as Gemma's does, and its id."""
     tokenizer = Tokenizer.from_file(str(HERE / "demo" / "gpt2-tiny" / "tokenizer.json"))
     tokenizer.enable_padding(length=64)
     tokenizer.enable_truncation(8)
     tokenizer.add_special_tokens(["<|start|>"])
     start = "<|start|>", tokenizer.token_to_id("<|start|>")
     tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[start])
-    shutil.copytree(HERE / "demo" / "gpt2-tiny", tmp_path, dirs_exist_ok=True)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    path = tmp_path / "tokenizer_config.json"
+    folder = shutil.copytree(HERE / "demo" / "gpt2-tiny", tmp_path / "gpt2-start")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|start|>"}))
+    return folder, start[1]
+
+
+def test_each_crop_starts_as_the_models_texts_do(starting_lm):
+    """The tokenizer also pads and cuts, which must not show."""
+    folder, start = starting_lm
     text, plain = (
-        lamo.load_text(str(lm), "demo/text.txt", 256) for lm in (tmp_path, "demo/gpt2-tiny")
+        lamo.load_text(str(lm), "demo/text.txt", 256) for lm in (folder, "demo/gpt2-tiny")
     )
     assert torch.equal(text.tokens, plain.tokens) and torch.equal(text.held_out, plain.held_out)
     torch.manual_seed(0)
     crops = text.batch(4)
     torch.manual_seed(0)
     expected = plain.batch(4)
-    expected[:, 0] = start[1]
+    expected[:, 0] = start
     assert crops.tolist() == expected.tolist()
 
     class FirstTokens(torch.nn.Module):
         def language_loss(self, tokens):
             return tokens[:, 0].float().mean()
 
-    assert text.held_out_loss(FirstTokens()) == start[1]
+    assert text.held_out_loss(FirstTokens()) == start
 
 
 # ---------------------------------------------------------------------------- the command line, its mistakes

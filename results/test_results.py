@@ -24,7 +24,7 @@ import demo
 import lamo
 from lamo import GPT2, Config
 from results import baselines, make, plot, run, timing
-from test_lamo import HERE, SHORT, isolated, lm_folder, read_log, trained
+from test_lamo import HERE, SHORT, isolated, lm_folder, read_log, starting_lm, trained
 
 NAMES = {
     "lamo": "lamo",
@@ -280,6 +280,7 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     fit = [statistics.mean(runs["train_loss", 10_000]) for runs in (lamo_runs, dt_runs)]
     assert f"its loss on them ends at {fit[0]:.4f}, DT's at {fit[1]:.6f}" in page
 
+    assert make.finished().keys() >= {*make.controls()["dt, dropout 0.1"]}
     random_trunk = measured["random trunk, all trained", "0.1"]
     for runs, verb in (random_trunk, "rises"), (lamo_runs, "falls"):
         first, last = (runs["held_out_loss", step][0] for step in (1000, 10_000))
@@ -400,6 +401,13 @@ def test_figures_of_the_readme_are_in_the_tables():
     figures = re.findall(kinds, answers)
     pages = [(HERE / "results" / page).read_text() for page in ("README.md", "first/README.md")]
     assert len(figures) > 4 and all(figure in " ".join(pages) for figure in figures)
+
+
+def test_docstrings_start_as_the_models_texts_do(starting_lm):
+    folder, start = starting_lm
+    crops = run.read_documents(str(folder), 64).batch(4)
+    assert crops.shape == (4, 64)
+    assert (crops[:, 0] == start).all() and (crops[:, 1:] != start).all()
 
 
 @pytest.mark.slow
