@@ -92,7 +92,8 @@ def main(arguments):
     """Train and evaluate as the command line says."""
     if not arguments or arguments[0] not in BASELINES:
         raise lamo.InputError(f"name a method first, one of {', '.join(BASELINES)}")
-    import d3rlpy
+    with lamo.on_error("cannot import d3rlpy; pip install --no-deps -r results/requirements.txt"):
+        import d3rlpy
 
     name, *arguments = arguments
     given = lamo.parse(arguments, "results.baselines") | {"method": "dt"}  # which loads no text

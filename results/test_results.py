@@ -7,6 +7,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import asdict
 
@@ -498,6 +499,12 @@ def test_baselines_see_the_same_trajectories_and_episodes(name, tmp_path, monkey
 def test_a_baseline_must_be_named(arguments):
     with pytest.raises(lamo.InputError, match="name a method first, one of bc, best-bc"):
         baselines.main(arguments)
+
+
+def test_without_d3rlpy_the_user_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "d3rlpy", None)
+    with pytest.raises(lamo.InputError, match="pip install --no-deps -r results/requirements"):
+        baselines.main(["iql"])
 
 
 def test_intervals_are_those_of_a_plain_loop():
