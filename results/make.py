@@ -152,7 +152,7 @@ def controls():
     """Return longer runs on hopper with LaMo's rate and dropout, whatever the method chose, by name."""
     return {
         f"{method}, dropout 0.1": with_dropout("hopper 3%, longer", method, "0.1")
-        for method in ["dt", *TRAINED]
+        for method in ["dt", *TRAINED, "random trunk"]
     }
 
 
