@@ -311,7 +311,7 @@ def draw_longer(table, tasks, path):
     )
     for task, line in zip(tasks, panels):
         for (measure, title), axes in zip(MEASURES.items(), line):
-            for method, style in zip(LONGER, STYLES):
+            for method, style in zip(LONGER, itertools.cycle(STYLES)):
                 runs = curves(table, task, method, measure)
                 if runs:
                     draw_curve(axes, runs, style | {"label": name_of(method)})
