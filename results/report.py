@@ -17,7 +17,6 @@ from scipy import stats
 from results.make import (
     BASELINES,
     DOMAIN,
-    DROPOUTS,
     DT_WITH_MLPS,
     HARDER,
     HERE,
@@ -76,8 +75,8 @@ def read_table():
             seeds = seeds_of(task, method)
             jobs[task, method] = [(task, method, options, seed) for seed in seeds]
     for name, part in controls().items():
-        task = part[0][0]
-        jobs[task, name] = part
+        for job in part:
+            jobs.setdefault((job[0], name), []).append(job)
     return {
         key: [runs[job] for job in part] for key, part in jobs.items() if runs.keys() >= {*part}
     }
@@ -135,7 +134,7 @@ def returns_lines(table, tasks, methods):
     A cell has the best target's return, mean and spread over seeds, and in brackets the mean over
     all targets. Several tasks also have the differences of the scores.
     """
-    first, *others = methods if len(tasks) > 1 else methods[:1]
+    first, others = methods[0], methods[1:] if len(tasks) > 1 else []
     rows = [["return", *map(name_of, methods)]]
     rows[0] += [f"{name_of(other)} minus {name_of(first)}, score" for other in others]
     for task in tasks:
@@ -159,20 +158,23 @@ def scores_lines(table, tasks, methods):
     It says how much they differ from the first method's with the same seed, for the best target and
     over all targets, and how large a difference would show.
     """
-    best, over_targets = (  # arrays (seeds,) by method and task
-        [[column(table[task, method], name) for task in tasks] for method in methods]
-        for name in ("best_score", "mean_score")
-    )
-    rows = [["score", "interquartile mean", f"minus {name_of(methods[0])}"]]
+
+    def columns(method, name):
+        return [column(table[task, method], name) for task in tasks]
+
+    first = methods[0]
+    rows = [["score", "interquartile mean", f"minus {name_of(first)}"]]
     rows[0] += ["over all targets", "would show"]
-    for method, ours, ours_over_targets in zip(methods, best, over_targets):
-        row = [name_of(method), "{:.1f} ({:.1f} to {:.1f})".format(*interval(ours))]
-        if method == methods[0]:
+    for method in methods:
+        row = [name_of(method)]
+        row.append("{:.1f} ({:.1f} to {:.1f})".format(*interval(columns(method, "best_score"))))
+        if method == first:
             rows.append([*row, "", "", ""])
             continue
-        row.append(format_difference(best[0], ours))
-        row.append(format_difference(over_targets[0], ours_over_targets))
-        rows.append([*row, f"{difference(best[0], ours)[-1]:.1f}"])
+        for name in "best_score", "mean_score":
+            row.append(format_difference(columns(first, name), columns(method, name)))
+        *_, visible = difference(columns(first, "best_score"), columns(method, "best_score"))
+        rows.append([*row, f"{visible:.1f}"])
     return markdown(rows)
 
 
@@ -194,17 +196,14 @@ def losses_lines(table):
 def difference(ours, theirs):
     """Return how much scores differ in pairs of runs with the same seed: lists of (seeds,) by task.
 
-    Returns the mean over tasks and its 95 % t interval, low and high, with tasks as strata; and the
-    smallest true difference that such an interval excludes zero for with a probability of 80 %.
-    Tasks differ in their spread, so the degrees of freedom are those of Welch and Satterthwaite.
+    Returns the mean over tasks and seeds and its 95 % t interval, low and high; and the smallest
+    true difference that such an interval excludes zero for with a probability of 80 %. Only seeds
+    are independent: from task to task, a seed has the same random draws, and often trajectories.
     """
     pairs = [second - first[: len(second)] for first, second in zip(ours, theirs)]
-    middle = np.mean([pair.mean() for pair in pairs])
-    variances = np.array([pair.var(ddof=1) / len(pair) for pair in pairs])  # of the tasks' means
-    error = math.sqrt(variances.sum()) / len(pairs)
-    weights = variances / variances.sum()
-    freedom = 1 / sum(weight**2 / (len(pair) - 1) for weight, pair in zip(weights, pairs))
-    half, power = stats.t.ppf([0.975, 0.8], freedom)
+    by_seed = np.mean(pairs, axis=0)
+    middle, error = by_seed.mean(), stats.sem(by_seed)
+    half, power = stats.t.ppf([0.975, 0.8], len(by_seed) - 1)
     return middle, middle - half * error, middle + half * error, (half + power) * error
 
 
@@ -223,19 +222,19 @@ def dropout_lines():
         returns = measured(task, method, dropout, "best_return")
         return "–" if returns is None else format_spread(returns, 0)
 
-    def differ(tasks, dropout):
-        pair = [
-            [measured(task, method, dropout, "best_score") for task in tasks]
-            for method in LAMO_AND_DT
-        ]
-        missing = any(scores is None for scores in itertools.chain(*pair))
-        return "–" if missing else format_difference(*pair)
+    def differ(tasks, dropout_of_lamo, dropout_of_dt):
+        lamo = [measured(task, "lamo", dropout_of_lamo, "best_score") for task in tasks]
+        dt = [measured(task, "dt", dropout_of_dt, "best_score") for task in tasks]
+        missing = any(scores is None for scores in lamo + dt)
+        return "–" if missing else format_difference(lamo, dt)
 
-    rows = [["task", "LaMo, dropout 0", "DT, dropout 0.1", "DT minus LaMo, both 0", "both 0.1"]]
+    rows = [["task", "LaMo, dropout 0", "DT, dropout 0.1"]]
+    rows[0] += ["DT minus LaMo, as tuned", "both 0", "both 0.1"]
+    pairs = [("0.1", "0"), ("0", "0"), ("0.1", "0.1")]  # as tuned: what each of them chose
     for task in LOCOMOTION:
         row = [task, spread(task, "lamo", "0"), spread(task, "dt", "0.1")]
-        rows.append([*row, *(differ([task], dropout) for dropout in DROPOUTS)])
-    rows.append(["all", "", "", *(differ(LOCOMOTION, dropout) for dropout in DROPOUTS)])
+        rows.append([*row, *(differ([task], *pair) for pair in pairs)])
+    rows.append(["all", "", "", *(differ(LOCOMOTION, *pair) for pair in pairs)])
     return markdown(rows)
 
 
@@ -290,16 +289,25 @@ def curves(table, task, method, measure):
 
 
 def longer_lines(table, task, methods):
-    """Return the lines of a table of what longer training does, mean and spread over seeds."""
+    """Return the lines of a table of what longer training does, mean and spread over seeds.
+
+    Runs of 1,000 steps are shown beside it. There, the learning rate has come down to zero.
+    """
     rows = [[task, *map(name_of, methods)]]
+
+    def add_row(title, trained_on, measure, step, digits):
+        cells = []
+        for method in methods:
+            runs = curves(table, trained_on, method, measure) or []
+            numbers = [run[step] for run in runs[: len(table[task, method])]]
+            cells.append(format_spread(numbers, digits) if numbers else "–")
+        if set(cells) != {"–"}:
+            rows.append([f"{MEASURES[measure]}, {title}", *cells])
+
     for measure, digits in ("best_score", 1), ("held_out_loss", 4), ("documents_loss_after", 2):
-        measured = [curves(table, task, method, measure) for method in methods]
+        add_row("run of 1,000 steps", task.split(",")[0], measure, 1000, digits)
         for step in 1000, 3000, 10000:
-            cells = [
-                format_spread([run[step] for run in runs], digits) if runs else "–"
-                for runs in measured
-            ]
-            rows.append([f"{MEASURES[measure]}, {step:,} steps", *cells])
+            add_row(f"{step:,} steps", task, measure, step, digits)
     return markdown(rows)
 
 
@@ -353,7 +361,9 @@ def main():
         # The table after the comment with its name, and what was there before
         old = rf"<!-- {name} -->\n+(?:\|.*\n+)*"
         new = "\n".join([f"<!-- {name} -->", "", *lines]).strip() + "\n\n"
-        page = re.sub(old, new, page)
+        page, count = re.subn(old, new, page)
+        if count != 1:
+            raise ValueError(f"README.md must have <!-- {name} --> once, not {count} times")
     (HERE / "README.md").write_text(page)
 
 

@@ -111,23 +111,15 @@ def check_spread(cell, numbers):
     assert [*map(float, printed)] == pytest.approx(expected, rel=0, abs=0.51 * 10**-digits)
 
 
-def difference_pairs(ours, theirs, name):
-    """The differences of a column in pairs of runs with the same seed, lists by task."""
-    return [
-        [float(their[seed][name]) - float(our[seed][name]) for seed in their]
-        for our, their in zip(ours, theirs)
-    ]
-
-
 def check_difference(cell, ours, theirs, name):
     """Check a cell of a mean difference and its interval; return the difference that would show."""
-    pairs = difference_pairs(ours, theirs, name)
-    mean = statistics.mean(map(statistics.mean, pairs))
-    variances = [statistics.variance(part) / len(part) for part in pairs]
-    error = math.sqrt(sum(variances)) / len(pairs)
-    # Welch and Satterthwaite's degrees of freedom
-    terms = [variance**2 / (len(part) - 1) for variance, part in zip(variances, pairs)]
-    freedom = sum(variances) ** 2 / sum(terms)
+    pairs = [
+        [float(their[seed][name]) - float(our[seed][name]) for seed in sorted(their)]
+        for our, their in zip(ours, theirs, strict=True)
+    ]
+    by_seed = [statistics.mean(of_tasks) for of_tasks in zip(*pairs, strict=True)]
+    mean, error = statistics.mean(by_seed), statistics.stdev(by_seed) / math.sqrt(len(by_seed))
+    freedom = len(by_seed) - 1
     half, power = t_quantile(0.975, freedom), t_quantile(0.8, freedom)
     expected = [mean, mean - half * error, mean + half * error]
     printed = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
@@ -199,11 +191,13 @@ def test_the_table_of_dropout_is_that_of_the_runs():
                 shown += 1
             else:
                 assert cell == ("" if task == "all" else "–")
-        for cell, dropout in zip(cells[2:], ("0", "0.1"), strict=True):
+        choices = ("0.1", "0"), ("0", "0"), ("0.1", "0.1")
+        for cell, (of_lamo, of_dt) in zip(cells[2:], choices, strict=True):
             of = tasks if task == "all" else [task]
-            if all((name, "lamo", dropout) in runs for name in of):
-                pair = ([runs[name, method, dropout] for name in of] for method in ("lamo", "dt"))
-                check_difference(cell, *pair, "best_score")
+            if all((name, "lamo", of_lamo) in runs for name in of):
+                ours = [runs[name, "lamo", of_lamo] for name in of]
+                theirs = [runs[name, "dt", of_dt] for name in of]
+                check_difference(cell, ours, theirs, "best_score")
             else:
                 assert cell == "–"
     assert shown > 8
@@ -220,9 +214,7 @@ def test_tables_of_the_first_comparison_are_those_of_its_runs():
                 check_spread(cell, [float(row["best_return"]) for row in results])
         differences = next(line for line in lines if line[0].startswith("mean difference from"))
         for of_method, cell in zip(runs[1:], differences[2:], strict=True):
-            pairs = difference_pairs(runs[0], of_method, "best_score")
-            middle = statistics.mean(map(statistics.mean, pairs))
-            assert float(cell.split()[0]) == pytest.approx(middle, abs=0.051)
+            check_difference(cell, runs[0], of_method, "best_score")
 
 
 def test_the_table_of_longer_training_is_that_of_the_runs():
@@ -236,16 +228,18 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
     tables = re.findall(r"(?m)^\| (.*, longer) \| (.*) \|\n.*((?:\n\|.*)+)", page)
     assert tables
     for task, methods, body in tables:
-        lines = re.findall(r"(?m)^\| (.*), ([\d,]+) steps \| (.*) \|$", body)
-        assert len(lines) == 3 * len(columns)
-        for title, step, cells in lines:
+        lines = re.findall(r"(?m)^\| (.*), (run of )?([\d,]+) steps \| (.*) \|$", body)
+        shorter = task.removesuffix(", longer")
+        assert len(lines) == (4 if shorter in make.TASKS else 3) * len(columns)
+        for title, is_shorter, step, cells in lines:
             for name, cell in zip(methods.lower().split(" | "), cells.split(" | "), strict=True):
                 method, _, dropout = name.partition(", dropout ")
                 setting = ("1e-2", dropout) if dropout else settings[method, make.DOMAIN[task]]
                 numbers = {
                     row["seed"]: row[columns[title]]
                     for row in rows
-                    if (row["task"], row["method"]) == (task, method)
+                    if (row["task"], row["method"]) == (shorter if is_shorter else task, method)
+                    and row["seed"] in "012"
                     and rate_and_dropout(row) == setting
                     and row["step"] == step.replace(",", "")
                 }
@@ -259,11 +253,16 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
 def test_the_text_on_longer_training_says_what_the_runs_do():
     page = " ".join((HERE / "results" / "README.md").read_text().split())
     measured = defaultdict(lambda: defaultdict(list))  # by method and dropout, and column and step
+    shorter = defaultdict(list)  # held-out losses of the runs of 1,000 steps
     for row in csv.DictReader((HERE / "results" / "runs.csv").open()):
-        if row["task"] == "hopper 3%, longer" and rate_and_dropout(row)[0] == "1e-2":
-            method = row["method"], rate_and_dropout(row)[1]
+        if not row["task"].startswith("hopper 3%") or rate_and_dropout(row)[0] != "1e-2":
+            continue
+        method = row["method"], rate_and_dropout(row)[1]
+        if row["task"] == "hopper 3%, longer":
             for name in ("best_score", "train_loss", "held_out_loss"):
                 measured[method][name, int(row["step"])].append(float(row[name]))
+        elif row["seed"] in "012" and row["held_out_loss"]:
+            shorter[method].append(float(row["held_out_loss"]))
     lamo_runs, dt_runs, dt_with_dropout = (
         measured[method] for method in (("lamo", "0.1"), ("dt", "0"), ("dt", "0.1"))
     )
@@ -273,10 +272,23 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         for runs in (lamo_runs, dt_runs, dt_with_dropout)
     ]
     changes = [round(100 * (sum(last) / sum(first) - 1)) for first, last in losses]
-    assert f"rises by {changes[1]} % for DT, and falls by {-changes[0]} % for LaMo" in page
+    assert f"it rises by {changes[1]} % for DT and falls by {-changes[0]} % for LaMo" in page
     assert f"the loss of DT on held-out trajectories rises by {changes[2]} %" in page
     assert all(last < first for first, last in zip(*losses[0], strict=True))
     assert all(last > first for first, last in zip(*losses[1], strict=True))
+
+    (_, lamo_last), (_, dt_last), _ = losses
+    by_seed = [
+        np.round(100 * (np.divide(last, shorter[method]) - 1)).astype(int)
+        for method, last in ((("lamo", "0.1"), lamo_last), (("dt", "0"), dt_last))
+    ]
+    of_lamo, of_dt = (
+        round(100 * (sum(last) / sum(shorter[method]) - 1))
+        for method, last in ((("lamo", "0.1"), lamo_last), (("dt", "0"), dt_last))
+    )
+    text = f"rises by {of_dt} % for DT, with each of the three seeds, and by {of_lamo} % for LaMo"
+    assert f"{text} (by seed {by_seed[0][0]}, {by_seed[0][1]} and {by_seed[0][2]} %)" in page
+    assert min(by_seed[1]) > 0
 
     fit = [statistics.mean(runs["train_loss", 10_000]) for runs in (lamo_runs, dt_runs)]
     assert f"its loss on them ends at {fit[0]:.4f}, DT's at {fit[1]:.6f}" in page
@@ -376,7 +388,7 @@ def test_the_demo_has_the_settings_of_the_comparison():
 
 def test_tuning_tries_more_where_the_edge_wins():
     def run_all(best_rate, best_dropout):
-        """Tune on made-up scores, as make.main does; return the setting and the rates tried."""
+        """Tune on made-up scores, as make.choose does; return the setting and the rates tried."""
         runs = {}
         while True:
             options, missing = make.tune("dt", "kitchen", runs)
