@@ -38,7 +38,8 @@ LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "Human
 def spec_of(env_id, recorded=None):
     """Return the EnvSpec of an id that the user names. `module:ID` imports the module first.
 
-    If a `recorded` EnvSpec, as text, is of the same environment, its settings are taken.
+    `recorded` is an EnvSpec as text. If it is of the same environment, its settings are taken, but
+    not its wrappers.
     """
     module, _, name = env_id.rpartition(":")
     if module:
@@ -47,7 +48,7 @@ def spec_of(env_id, recorded=None):
     recorded = json.loads(recorded or "{}")
     if recorded.get("id") != registered.id:
         recorded = {"max_episode_steps": registered.max_episode_steps}
-    return with_settings(registered, recorded, ())
+    return with_settings(registered, recorded, registered.additional_wrappers)
 
 
 def with_settings(registered, recorded, wrappers):
@@ -221,21 +222,21 @@ class Environments:
 
 
 class Histories:
-    """The last K steps of several episodes, one row for each, starting at the left of the row.
+    """The last K steps of `count` episodes, one row for each, starting at the left of the row.
 
     Numbers are float64, as simulators have them; the policy centres them before it rounds them.
     Images stay uint8.
     """
 
-    def __init__(self, rows, context, observation_space, action_space):
-        self.returns_to_go = np.zeros((rows, context))
+    def __init__(self, count, context, observation_space, action_space):
+        self.returns_to_go = np.zeros((count, context))
         images = len(observation_space.shape) == 3
-        shape = rows, context, *observation_space.shape
+        shape = count, context, *observation_space.shape
         self.states = np.zeros(shape, np.uint8 if images else np.float64)
-        self.actions = np.zeros((rows, context, *action_space.shape))
-        self.timesteps = np.zeros((rows, context), np.int64)
-        self.lengths = np.zeros(rows, np.int64)  # real steps in each row
-        self.episode_steps = np.zeros(rows, np.int64)  # of each row's episode
+        self.actions = np.zeros((count, context, *action_space.shape))
+        self.timesteps = np.zeros((count, context), np.int64)
+        self.lengths = np.zeros(count, np.int64)  # real steps in each row
+        self.episode_steps = np.zeros(count, np.int64)  # of each row's episode
         self.action_space = action_space
 
     def arrays(self):
@@ -300,9 +301,9 @@ def rollout(
     waiting = list(range(len(target_of)))
 
     # Each row is an environment, with the number of the episode that it runs, or -1.
-    rows = environments.ready(len(target_of))
-    episode = np.full(rows, -1)
-    histories = Histories(rows, policy.context, *spaces)
+    count = environments.ready(len(target_of))
+    episode = np.full(count, -1)
+    histories = Histories(count, policy.context, *spaces)
     progress = tqdm(
         total=len(target_of), desc="simulating", unit="episode", leave=False, disable=None
     )
@@ -478,7 +479,12 @@ def main(arguments):
     )
     add = parser.add_argument
     add("folder", help="folder of a run of lamo.py")
-    add("--targets", type=lamo.TARGET, nargs="+", help="target returns; default: the run's")
+    add(
+        "--targets",
+        type=lamo.TARGET,
+        nargs="+",
+        help="target returns (-1000, not -1e3); default: the run's",
+    )
     add("--episodes", type=lamo.COUNT, help="episodes per target; default: the run's")
     add(
         "--seed",

@@ -226,7 +226,7 @@ class Config:
 
     # evaluation
     targets: list[float] | None = option(
-        None, "target returns; default: the task's", type=TARGET, nargs="+"
+        None, "target returns (-1000, not -1e3); default: the task's", type=TARGET, nargs="+"
     )
     episodes: int = option(20, "episodes per target", type=number(int, 1, 10_000))
     max_steps: int | None = option(
@@ -248,7 +248,8 @@ class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A dropout(x): W is frozen, A and B train (Hu et al. 2021).
 
     As in the authors' code, b trains, too. GPT-2's queries, keys and values are one layer of three
-    `parts`. Each part has an A (r, in) and a B (out / parts, r) of its own.
+    `parts`. Each part has an A (r, in) and a B (out / parts, r) of its own. The fused layers of
+    other models count as one part.
     """
 
     def __init__(self, linear, rank, alpha, dropout, parts):
@@ -259,7 +260,8 @@ class LoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(True)
         self.A = nn.Parameter(torch.empty(parts, rank, in_features))
-        self.B = nn.Parameter(torch.zeros(parts, out_features // parts, rank))  # starts as `linear`
+        # B starts at zero: at first, the layer computes what `linear` did.
+        self.B = nn.Parameter(torch.zeros(parts, out_features // parts, rank))
         for A in self.A:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.scale = alpha / rank
@@ -891,7 +893,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
             if evaluating or step % LOG_EVERY == 0:
                 recorder.log_losses(step, optimizer.param_groups[0]["lr"])
 
-            # Save before anything long, so that a run that is killed loses a minute at most.
+            # Save before anything long: a run that is killed loses at most a minute of training.
             if evaluating or stopping or recorder.save_is_due():
                 recorder.save(step, model, optimizer)
             if stopping:
@@ -974,6 +976,7 @@ class Recorder:
         self.out, self.header = out, header
         self.start = checkpoint["step"] if checkpoint else 0
         self.losses = checkpoint["losses"] if checkpoint else []  # since the last line of the log
+        # The first save is due at once; from then on, `run_folder` keeps the folder.
         self.saved_step, self.saved_at = self.start, -math.inf
         self.logged_step, self.logged_at = self.start, time.perf_counter()
         self.writes = rank_and_world()[0] == 0
@@ -1006,12 +1009,15 @@ class Recorder:
             for name, loss in losses.items():
                 if not math.isfinite(loss):
                     raise InputError(
-                        f"{name} became {loss} in step {taken}; lower --lr"
-                        f" (the last checkpoint, of step {self.saved_step}, is in {self.out})"
+                        f"{name} became {loss} in step {taken}; start again with a lower --lr and"
+                        f" another --out ({self.out} has the checkpoint of step {self.saved_step})"
                     )
 
     def log_losses(self, step, lr):
-        """Log the mean losses since the last time, the learning rate, and the time of a step."""
+        """Log the mean losses since the last time, the learning rate, and the time of a step.
+
+        Under torchrun, the losses are those of the first process's share of each batch.
+        """
         self.read_losses(step)
         if not self.losses:
             return
@@ -1230,7 +1236,7 @@ def load_dataset(name):
             f"--data {name} is neither a folder nor an id, such as mujoco/hopper/medium-v0"
         )
     namespace, _, rest = name.partition("/")
-    # The small file first: both are looked up within a moment, so at the same commit.
+    # The small file first: between the two look-ups, the repository has little time to change.
     for filename in ("metadata.json", "main_data.hdf5"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
     return minari.MinariDataset(path.parent)
@@ -1253,7 +1259,7 @@ def advice_on(path):
 def split_episodes(dataset, ratio, seed):
     """Return the indices of a random share of a MinariDataset's episodes, and of the others."""
     shuffled = np.random.default_rng(seed).permutation(dataset.episode_indices)
-    return np.split(shuffled, [int(ratio * len(shuffled) + 1e-9)])
+    return np.split(shuffled, [int(ratio * len(shuffled) + 1e-9)])  # 0.29 * 100 is 28.999...
 
 
 def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
@@ -1346,9 +1352,11 @@ def evaluation_spec(dataset, env):
             print("the dataset has another environment for evaluations; to take it, add --env eval")
         spec = recorded_spec(chosen, env)
     else:
-        for wrapper in json.loads(chosen or "{}").get("additional_wrappers", ()):
-            print(f"evaluating without the dataset's wrapper {wrapper['name']}")
         spec = spec_of(env, chosen)
+        kept = [wrapper.name for wrapper in spec.additional_wrappers]
+        for wrapper in json.loads(chosen or "{}").get("additional_wrappers", ()):
+            if wrapper["name"] not in kept:
+                print(f"evaluating without the dataset's wrapper {wrapper['name']}")
     if spec.name == "FrankaKitchen":
         spec.kwargs["remove_task_when_completed"] = True
         spec.kwargs["terminate_on_tasks_completed"] = True
@@ -1596,8 +1604,8 @@ def action_bounds(space, actions):
 def episode_limit(config, spec, trajectories):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
-    Where the environment has no limit, the longest trajectory sets it. It also does for a dataset
-    that belongs to no task, if that trajectory was cut off at less than a tenth of the limit.
+    Where the environment has no limit, the longest trajectory sets it. So it does for a dataset
+    that belongs to no task, if that trajectory was cut off before a tenth of the limit.
     """
     if config.max_steps:
         return config.max_steps
@@ -1645,7 +1653,7 @@ def run(config, title, out, checkpoint=None):
         if checkpoint["header"]["data_checksum"] != header["data_checksum"]:
             raise InputError(f"--data {config.data} or --text {config.text} is not what it was")
         load_weights(model, checkpoint, header["lm_checksum"])
-        header = checkpoint["header"]
+        header = checkpoint["header"] | {"config": header["config"]}  # files may have moved
 
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
     scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
@@ -1706,8 +1714,9 @@ def parse(arguments, program="lamo.py"):
             keywords["help"] += f"; default: {item.default}"
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, **keywords)
-    resume = {"metavar": "FOLDER", "help": "resume a run that was stopped"}
-    group.add_argument("--resume", default=argparse.SUPPRESS, **resume)
+    if program == "lamo.py":
+        resume = {"metavar": "FOLDER", "help": "resume a run that was stopped"}
+        group.add_argument("--resume", default=argparse.SUPPRESS, **resume)
     return vars(parser.parse_args(arguments))
 
 
@@ -1764,7 +1773,10 @@ def check_options(config):
         needs = "a language model, and LoRA or --train-trunk"
         raise InputError(f"the language loss needs {needs}; add --lang-coef 0")
     if config.train_trunk and config.lora_rank > 0:
-        raise InputError("--train-trunk trains all weights, LoRA freezes them; add --lora-rank 0")
+        raise InputError(
+            "LoRA freezes the trunk; --train-trunk trains it, as --method dt and wiki-rl do: add"
+            " --lora-rank 0, or take --method lamo without --train-trunk"
+        )
     world = rank_and_world()[1]
     if config.batch % world > 0 or (config.lang_coef > 0 and config.text_batch % world > 0):
         given = f"they are {config.batch} and {config.text_batch}"
@@ -1807,9 +1819,14 @@ def main(arguments):
         checkpoint = read_checkpoint(out)
         header = checkpoint["header"]
         config = Config(**header["config"] | with_full_paths(given))
+        check_options(config)  # torchrun may have another number of processes now
         # A module that a file names is not imported unless the user names it, too.
-        if ":" in str(config.env) and "env" not in given:
-            raise InputError(f"the run evaluates in {config.env}; allow it with --env {config.env}")
+        given_env, run_env = given.get("env"), header["config"]["env"]
+        if given_env is None and ":" in str(run_env):
+            raise InputError(f"the run evaluates in {run_env}; allow it with --env {run_env}")
+        if given_env is not None and given_env.split(":")[-1] != str(run_env).split(":")[-1]:
+            where = run_env or "the environment of its data"
+            raise InputError(f"the run evaluates in {where}; --resume takes no other --env")
         print(header["title"], flush=True)
         return run(config, header["title"], out, checkpoint)
 
@@ -1824,7 +1841,8 @@ def main(arguments):
 
 def run_command(main, program):
     """Call main with the command line's arguments; a mistake ends in one line and code 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing half-written stays
+    for signum in (signal.SIGINT, signal.SIGTERM):  # so that nothing half-written stays
+        signal.signal(signum, lambda *_: sys.exit(1))
     try:
         main(sys.argv[1:])
     except (InputError, OSError, torch.OutOfMemoryError) as error:

@@ -1118,7 +1118,9 @@ def test_losses_are_logged_every_50_steps(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = hopper_run(tmp_path / "run")
     config = replace(run["config"], lr=1e30, warmup=0, eval_every=1000)
-    with pytest.raises(InputError, match="became (nan|inf) in step [23]; lower --lr .*of step 0"):
+    with pytest.raises(
+        InputError, match=r"became (nan|inf) in step [23]; .* lower --lr .*of step 0\)"
+    ):
         lamo.train(**run | {"config": config})
     weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
     assert all(weight.isfinite().all() for weight in weights.values())
@@ -1469,6 +1471,15 @@ def test_a_signal_while_saving_stops_the_evaluation_that_follows(tmp_path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_ends_the_command_quietly(number, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lamo.py"])
+    handlers = {}
+    monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
+    with pytest.raises(SystemExit, match="^1$"):
+        lamo.run_command(lambda _: handlers[number](number, None), "lamo.py")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_an_evaluation_at_once(tmp_path, monkeypatch, number):
     handlers, run = {}, hopper_run(tmp_path / "run")
     monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
@@ -1808,6 +1819,17 @@ def test_a_named_environment_keeps_the_settings_in_the_data(tmp_path):
     assert spec["kwargs"] == {"exclude_current_positions_from_observation": False}
     assert spec["max_episode_steps"] == 7
     evaluation.main([str(tmp_path / "run"), "--env", "Hopper-v5"])  # has 12 numbers, too
+
+
+def test_an_environment_keeps_the_wrappers_it_was_registered_with(tmp_path, capsys):
+    wrapper = gym.wrappers.RescaleAction.wrapper_spec(min_action=-3.0, max_action=3.0)
+    gym.register("Wide-v0", "test_lamo:Point", additional_wrappers=(wrapper,), max_episode_steps=12)
+    space = gym.make(evaluation.spec_of("Wide-v0")).action_space
+    assert space == gym.make("Wide-v0").action_space and (space.high == 3).all()
+    folder = save_dataset("test/wide-v0", "Wide-v0", play(gym.make("Wide-v0")))
+    start(folder, tmp_path / "run", "--env", "Wide-v0")
+    assert "without the dataset's wrapper" not in capsys.readouterr().out
+    assert "RescaleAction" in read_log(tmp_path / "run")[0]["env_spec"]
 
 
 def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path):
@@ -2323,6 +2345,12 @@ def test_a_pickled_object_in_a_checkpoint_is_not_made(trap, tmp_path):
 
 
 # ---------------------------------------------------------------------------- a run folder can move
+def test_a_resumed_run_needs_batches_that_its_processes_can_share(trained, monkeypatch):
+    monkeypatch.setattr(lamo, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(InputError, match="must be multiples of 3; they are 4 and 2"):
+        lamo.main(["--resume", str(trained[0])])
+
+
 def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monkeypatch, lm_folder):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(lm_folder, tmp_path / "my lm")
@@ -2359,6 +2387,8 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
         "../moved my text.txt",
     ]
     lamo.main(["--resume", "../moved my run", *moved])
+    lamo.main(["--resume", "../moved my run"])  # knows now where they are
+    evaluation.main(["../moved my run"])
     assert read_scores(tmp_path / "moved my run")["targets"] == scores["targets"]
     with pytest.raises(InputError, match="language model is not the one"):
         evaluation.main(["../moved my run", "--lm", "demo/gpt2-tiny"])
@@ -2880,6 +2910,7 @@ BAD_RESUMES = [
     ("--resume {bad}/altered", "checkpoint.pt"),
     ("--resume {bad}/old", "version 3"),
     ("--resume {bad}/other-lm", "language model is not the one"),
+    ("--resume {run} --env none", "the run evaluates in hopper; --resume takes no other --env"),
 ]
 
 BAD_EVALUATIONS = [
