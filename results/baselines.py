@@ -99,6 +99,8 @@ def main(arguments):
     given = lamo.parse(arguments, "results.baselines") | {"method": "dt"}  # which loads no text
     config, title = lamo.configure(given)
     config, header, _, trajectories, _, environments = lamo.prepare(config, title)
+    if environments is None:
+        raise lamo.InputError("--env none: a baseline needs an environment for its evaluation")
     out = Path(config.out or f"runs/{config.env}-{name}-{config.ratio:g}-{config.seed}")
     out.mkdir(parents=True)
     recorder = lamo.Recorder(out, header)

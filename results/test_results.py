@@ -36,6 +36,9 @@ NAMES = {
 }
 
 
+NOT_EVALUATED = ["--env", "none", "--data", "demo/lamo/hopper/demo-v0"]
+
+
 def t_quantile(probability, freedom):
     """A quantile of Student's t above its median, by adding up the density."""
     width = 1e-4  # of a slice
@@ -513,6 +516,19 @@ def test_a_baseline_must_be_named(arguments):
         baselines.main(arguments)
 
 
+def test_a_baseline_needs_an_environment():
+    pytest.importorskip("d3rlpy", reason="needs results/requirements.txt")
+    with pytest.raises(lamo.InputError, match="--env none: a baseline needs an environment"):
+        baselines.main(["bc", *SHORT.split(), *NOT_EVALUATED])
+
+
+@pytest.mark.parametrize("main", [timing.main, lambda options: baselines.main(["bc", *options])])
+def test_only_lamo_resumes(main, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--resume", "runs/mine"])
+    assert "unrecognized arguments: --resume" in capsys.readouterr().err
+
+
 def test_without_d3rlpy_the_user_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "d3rlpy", None)
     with pytest.raises(lamo.InputError, match="pip install --no-deps -r results/requirements"):
@@ -616,6 +632,8 @@ def test_profile_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
         }
         whole = parts.pop("whole step")
         assert 0.5 * whole < sum(parts.values()) < 2 * whole
+    timing.main([*SHORT.split(), *NOT_EVALUATED])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("peak memory")
     assert not list(tmp_path.iterdir())
 
 

@@ -71,6 +71,8 @@ def profile(config, model, trajectories, text, environments):
     print(f"peak memory  {memory / 2**30:10.2f} GiB")
 
     # An evaluation: simulating, and asking the policy
+    if environments is None:
+        return
     rows = range(environments.ready(NUM_ENVS))
     environments.reset(rows, list(rows))
     actions = [environments.action_space.sample() for _ in rows]
