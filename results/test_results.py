@@ -246,75 +246,78 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
                     and rate_and_dropout(row) == setting
                     and row["step"] == step.replace(",", "")
                 }
-                assert sorted(numbers) == list("012")
                 if cell == "–":
                     assert not any(numbers.values())
                 else:
+                    assert sorted(numbers) == list("012")
                     check_spread(cell, [*map(float, numbers.values())])
 
 
 def test_the_text_on_longer_training_says_what_the_runs_do():
     page = " ".join((HERE / "results" / "README.md").read_text().split())
-    measured = defaultdict(lambda: defaultdict(list))  # by method and dropout, and column and step
-    shorter = defaultdict(list)  # held-out losses of the runs of 1,000 steps
-    for row in csv.DictReader((HERE / "results" / "runs.csv").open()):
-        if not row["task"].startswith("hopper 3%") or rate_and_dropout(row)[0] != "1e-2":
-            continue
-        method = row["method"], rate_and_dropout(row)[1]
-        if row["task"] == "hopper 3%, longer":
-            for name in ("best_score", "train_loss", "held_out_loss"):
-                measured[method][name, int(row["step"])].append(float(row[name]))
-        elif row["seed"] in "012" and row["held_out_loss"]:
-            shorter[method].append(float(row["held_out_loss"]))
-    lamo_runs, dt_runs, dt_with_dropout = (
-        measured[method] for method in (("lamo", "0.1"), ("dt", "0"), ("dt", "0.1"))
+    values = defaultdict(list)  # one for each seed
+    rows = csv.DictReader((HERE / "results" / "runs.csv").open())
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        ours = row["task"].startswith("hopper 3%") and row["seed"] in "012"
+        if ours and rate_and_dropout(row)[0] == "1e-2":
+            for name in ("best_score", "mean_score", "train_loss", "held_out_loss"):
+                key = row["task"], row["method"], rate_and_dropout(row)[1], name, row["step"]
+                values[key] += [float(row[name])] if row[name] else []
+
+    def of(method, name, step="10000", task="hopper 3%, longer"):
+        found = values[task, *method, name, step]
+        assert len(found) == 3
+        return np.array(found)
+
+    def rise(method, first):
+        """By how much the held-out loss rises to the end of a longer run, in %: the mean, and by seed."""
+        last = of(method, "held_out_loss")
+        changes = 100 * (last.mean() / first.mean() - 1), *100 * (last / first - 1)
+        return [round(change) for change in changes]
+
+    lamo_run, dt_run, with_dropout = ("lamo", "0.1"), ("dt", "0"), ("dt", "0.1")
+    all_trained, random_trunk = (
+        (name, "0.1") for name in ("all trained", "random trunk, all trained")
     )
 
-    losses = [
-        [runs["held_out_loss", step] for step in (1000, 10_000)]
-        for runs in (lamo_runs, dt_runs, dt_with_dropout)
-    ]
-    changes = [round(100 * (sum(last) / sum(first) - 1)) for first, last in losses]
-    assert f"it rises by {changes[1]} % for DT and falls by {-changes[0]} % for LaMo" in page
-    assert f"the loss of DT on held-out trajectories rises by {changes[2]} %" in page
-    assert all(last < first for first, last in zip(*losses[0], strict=True))
-    assert all(last > first for first, last in zip(*losses[1], strict=True))
-
-    (_, lamo_last), (_, dt_last), _ = losses
-    by_seed = [
-        np.round(100 * (np.divide(last, shorter[method]) - 1)).astype(int)
-        for method, last in ((("lamo", "0.1"), lamo_last), (("dt", "0"), dt_last))
-    ]
+    # From the end of a run of 1,000 steps
     of_lamo, of_dt = (
-        round(100 * (sum(last) / sum(shorter[method]) - 1))
-        for method, last in ((("lamo", "0.1"), lamo_last), (("dt", "0"), dt_last))
+        rise(method, of(method, "held_out_loss", "1000", "hopper 3%"))
+        for method in (lamo_run, dt_run)
     )
-    text = f"rises by {of_dt} % for DT, with each of the three seeds, and by {of_lamo} % for LaMo"
-    assert f"{text} (by seed {by_seed[0][0]}, {by_seed[0][1]} and {by_seed[0][2]} %)" in page
-    assert min(by_seed[1]) > 0
+    text = f"rises by {of_dt[0]} % for DT, with each of the three seeds, and by {of_lamo[0]} % for LaMo"
+    assert f"{text} (by seed {of_lamo[1]}, {of_lamo[2]} and {of_lamo[3]} %)" in page
+    assert min(of_dt) > 0
 
-    fit = [statistics.mean(runs["train_loss", 10_000]) for runs in (lamo_runs, dt_runs)]
-    assert f"its loss on them ends at {fit[0]:.4f}, DT's at {fit[1]:.6f}" in page
-
-    assert make.finished().keys() >= {*make.controls()["dt, dropout 0.1"]}
-    random_trunk = measured["random trunk, all trained", "0.1"]
-    for runs, verb in (random_trunk, "rises"), (lamo_runs, "falls"):
-        first, last = (runs["held_out_loss", step][0] for step in (1000, 10_000))
-        assert f"{verb} from {first:.4f} to {last:.4f}" in page
-    assert f"ends with LaMo's score, {random_trunk['best_score', 10_000][0]:.1f}" in page
-
-    leads = {  # of LaMo's score, by seed
-        step: np.subtract(lamo_runs["best_score", step], dt_runs["best_score", step])
-        for step in (1000, 9000, 10_000)
+    # Within the longer runs
+    within = {
+        method: rise(method, of(method, "held_out_loss", "1000"))
+        for method in (lamo_run, dt_run, with_dropout, all_trained, random_trunk)
     }
-    assert max(leads[1000]) < 0 < min(leads[10_000]) and leads[9000][1] < 0
-    assert "by {:.1f}, {:.1f} and {:.1f} points".format(*leads[10_000]) in page
-    cell = re.search(r"points: DT minus LaMo is ([^.]+\.\d \(.*? to .*?\))", page)[1]
-    pairs = (
-        {str(seed): {"best_score": score} for seed, score in enumerate(runs["best_score", 10_000])}
-        for runs in (lamo_runs, dt_runs)
-    )
-    check_difference(cell, *([pair] for pair in pairs), "best_score")
+    text = f"rises by {within[dt_run][0]} % for DT and falls by {-within[lamo_run][0]} % for LaMo"
+    assert f"{text}, each time with every seed" in page
+    assert min(within[dt_run]) > 0 > max(within[lamo_run])
+    assert f"rises by {within[with_dropout][0]} % for DT: dropout" in page
+    assert f"rises by {within[random_trunk][0]} % for a random trunk with all weights" in page
+    assert f"rises by {within[all_trained][0]} % for LaMo with all weights trained" in page
+    assert sum(change < 0 for change in within[all_trained][1:]) == 1
+    ends = [of(method, "held_out_loss").mean() for method in (all_trained, lamo_run)]
+    assert "it ends at {:.4f}, LaMo's at {:.4f}".format(*ends) in page
+    fit = [of(method, "train_loss").mean() for method in (lamo_run, dt_run)]
+    assert "its loss on them ends at {:.4f}, DT's at {:.6f}".format(*fit) in page
+
+    # The scores at the end
+    for text, first, second, name in (
+        ("DT minus LaMo: ", lamo_run, dt_run, "best_score"),
+        ("random minus language model: ", all_trained, random_trunk, "best_score"),
+        ("over all targets the latter difference is ", all_trained, random_trunk, "mean_score"),
+    ):
+        ours, theirs = of(first, name), of(second, name)
+        if name == "best_score":
+            assert "by {:.1f}, {:.1f} and {:.1f} points ({}".format(*ours - theirs, text) in page
+        [cell] = re.findall(rf"{text}([^()]+\([^()]+\))", page)
+        pair = ([{str(seed): {name: x} for seed, x in enumerate(it)}] for it in (ours, theirs))
+        check_difference(cell, *pair, name)
 
 
 def test_losses_in_the_page_are_those_of_the_runs():
