@@ -159,7 +159,7 @@ def controls():
             *with_dropout("hopper 3%", method, "0.1")[:3],
             *with_dropout("hopper 3%, longer", method, "0.1"),
         ]
-        for method in ["dt", *TRAINED, "random trunk"]
+        for method in ["dt", *TRAINED, "random trunk", "no language loss"]
     }
 
 

@@ -32,6 +32,7 @@ STYLES = [  # one for each method, told apart without colour
     {"color": "#3f7d3a", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
     {"color": "#b07d12", "linestyle": (0, (4, 2, 1, 2, 1, 2)), "marker": "<"},
     {"color": "#5b2c83", "linestyle": (0, (2, 2)), "marker": ">"},
+    {"color": "#0f9aa8", "linestyle": (0, (6, 2)), "marker": "*"},
 ]
 
 
