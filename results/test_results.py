@@ -303,6 +303,12 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     assert sum(change < 0 for change in within[all_trained][1:]) == 1
     ends = [of(method, "held_out_loss").mean() for method in (all_trained, lamo_run)]
     assert "it ends at {:.4f}, LaMo's at {:.4f}".format(*ends) in page
+    for seed in 0, 1:
+        first, last = (
+            values["hopper 3%, longer", "random trunk", "0.1", "held_out_loss", step][seed]
+            for step in ("1000", "10000")
+        )
+        assert f"from {first:.4f} to {last:.4f}" in page and last < first
     fit = [of(method, "train_loss").mean() for method in (lamo_run, dt_run)]
     assert "its loss on them ends at {:.4f}, DT's at {:.6f}".format(*fit) in page
 
