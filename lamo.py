@@ -1353,9 +1353,9 @@ def evaluation_spec(dataset, env):
         spec = recorded_spec(chosen, env)
     else:
         spec = spec_of(env, chosen)
-        kept = [wrapper.name for wrapper in spec.additional_wrappers]
+        kept = [asdict(wrapper) for wrapper in spec.additional_wrappers]
         for wrapper in json.loads(chosen or "{}").get("additional_wrappers", ()):
-            if wrapper["name"] not in kept:
+            if wrapper not in kept:
                 print(f"evaluating without the dataset's wrapper {wrapper['name']}")
     if spec.name == "FrankaKitchen":
         spec.kwargs["remove_task_when_completed"] = True
@@ -1779,7 +1779,7 @@ def check_options(config):
         )
     world = rank_and_world()[1]
     if config.batch % world > 0 or (config.lang_coef > 0 and config.text_batch % world > 0):
-        given = f"they are {config.batch} and {config.text_batch}"
+        given = f"they are {config.batch} and {config.text_batch}, for {world} processes"
         raise InputError(f"--batch and --text-batch must be multiples of {world}; {given}")
 
 

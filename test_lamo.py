@@ -1831,6 +1831,13 @@ def test_an_environment_keeps_the_wrappers_it_was_registered_with(tmp_path, caps
     assert "without the dataset's wrapper" not in capsys.readouterr().out
     assert "RescaleAction" in read_log(tmp_path / "run")[0]["env_spec"]
 
+    # The same wrapper with other bounds is another one.
+    spec = json.loads(gym.spec("Wide-v0").to_json())
+    spec["additional_wrappers"][0]["kwargs"]["max_action"] = 2.0
+    change_metadata(folder, env_spec=json.dumps(spec))
+    start(folder, tmp_path / "other", "--env", "Wide-v0")
+    assert "without the dataset's wrapper RescaleAction" in capsys.readouterr().out
+
 
 def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path):
     folder = a_set("Point")

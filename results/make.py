@@ -156,7 +156,7 @@ def controls():
     """Return runs on 3 % of hopper with LaMo's rate and dropout, whatever the method chose, by name."""
     return {
         f"{method}, dropout 0.1": [
-            *with_dropout("hopper 3%", method, "0.1")[:3],
+            *with_dropout("hopper 3%", method, "0.1")[:3],  # the seeds of the longer runs
             *with_dropout("hopper 3%, longer", method, "0.1"),
         ]
         for method in ["dt", *TRAINED, "random trunk", "no language loss"]

@@ -109,9 +109,9 @@ def markdown(rows):
     return [header, "|---" * len(rows[0]) + "|", *lines]
 
 
-def format_difference(ours, theirs):
-    """Return the `difference` of scores and its interval, as text."""
-    return "{:+.1f} ({:.1f} to {:.1f})".format(*difference(ours, theirs))
+def format_difference(result):
+    """Return what `difference` returned, without its last number, as text."""
+    return "{:+.1f} ({:.1f} to {:.1f})".format(*result)
 
 
 def settings_lines(table):
@@ -134,7 +134,8 @@ def returns_lines(table, tasks, methods):
     A cell has the best target's return, mean and spread over seeds, and in brackets the mean over
     all targets. Several tasks also have the differences of the scores.
     """
-    first, others = methods[0], methods[1:] if len(tasks) > 1 else []
+    first = methods[0]
+    others = methods[1:] if len(tasks) > 1 else []
     rows = [["return", *map(name_of, methods)]]
     rows[0] += [f"{name_of(other)} minus {name_of(first)}, score" for other in others]
     for task in tasks:
@@ -145,7 +146,7 @@ def returns_lines(table, tasks, methods):
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
             row.append(f"{format_spread(returns, digits)} ({over_targets:.{digits}f})")
         scores = {method: [column(table[task, method], "best_score")] for method in methods}
-        row += [format_difference(scores[first], scores[other]) for other in others]
+        row += [format_difference(difference(scores[first], scores[other])) for other in others]
         rows.append(row)
     if len(methods) > len(tasks):
         rows = list(zip(*rows))  # rather long than wide
@@ -171,10 +172,12 @@ def scores_lines(table, tasks, methods):
         if method == first:
             rows.append([*row, "", "", ""])
             continue
-        for name in "best_score", "mean_score":
-            row.append(format_difference(columns(first, name), columns(method, name)))
-        *_, visible = difference(columns(first, "best_score"), columns(method, "best_score"))
-        rows.append([*row, f"{visible:.1f}"])
+        best, over_targets = (
+            difference(columns(first, name), columns(method, name))
+            for name in ("best_score", "mean_score")
+        )
+        row += [format_difference(best), format_difference(over_targets)]
+        rows.append([*row, f"{best[-1]:.1f}"])
     return markdown(rows)
 
 
@@ -226,7 +229,7 @@ def dropout_lines():
         lamo = [measured(task, "lamo", dropout_of_lamo, "best_score") for task in tasks]
         dt = [measured(task, "dt", dropout_of_dt, "best_score") for task in tasks]
         missing = any(scores is None for scores in lamo + dt)
-        return "–" if missing else format_difference(lamo, dt)
+        return "–" if missing else format_difference(difference(lamo, dt))
 
     rows = [["task", "LaMo, dropout 0", "DT, dropout 0.1"]]
     rows[0] += ["DT minus LaMo, as tuned", "both 0", "both 0.1"]
