@@ -1705,6 +1705,14 @@ def start(data, out, *options):
     lamo.main([*SHORT_DT.split(), "--data", str(data), "--out", str(out), *options])
 
 
+def test_a_share_in_percent_of_a_hundred_trajectories_is_that_many():
+    dataset = lamo.load_dataset("demo/lamo/reacher2d/demo-v0")
+    for percent in range(1, 101):
+        chosen, others = lamo.split_episodes(dataset, percent / 100, 0)
+        assert (len(chosen), len(others)) == (percent, 100 - percent)
+        assert sorted([*chosen, *others]) == list(range(100))
+
+
 @pytest.mark.parametrize("missing", [(0, 2), (0, 1, 2, 3)])
 def test_episodes_may_lack_the_last_observation(tmp_path, missing):
     folder = save_dataset("test/short-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
