@@ -1807,29 +1807,34 @@ def run_folder(out, env):
             shutil.rmtree(out, ignore_errors=True)
 
 
+def resume(out, given):
+    """Go on with the run in a folder; `given` are the other options of the command line."""
+    if given.keys() - {"device", "lm", "data", "text", "env"}:
+        allowed = "only --device, and --lm, --data, --text or --env if that has moved"
+        raise InputError(f"--resume keeps the run's settings; it takes {allowed}")
+    checkpoint = read_checkpoint(out)
+    header = checkpoint["header"]
+    config = Config(**header["config"] | with_full_paths(given))
+    check_options(config)  # torchrun may have another number of processes now
+
+    # A module that a file names is not imported unless the user names it, too.
+    given_env, run_env = given.get("env"), header["config"]["env"]
+    if given_env is None and ":" in str(run_env):
+        raise InputError(f"the run evaluates in {run_env}; allow it with --env {run_env}")
+    if given_env is not None and given_env.split(":")[-1] != str(run_env).split(":")[-1]:
+        where = run_env or "the environment of its data"
+        raise InputError(f"the run evaluates in {where}; --resume takes no other --env")
+
+    print(header["title"], flush=True)
+    run(config, header["title"], out, checkpoint)
+
+
 def main(arguments):
     """Train and evaluate as the command line says."""
     given = parse(arguments)
     join_processes()
     if "resume" in given:
-        out = Path(given.pop("resume"))
-        if given.keys() - {"device", "lm", "data", "text", "env"}:
-            allowed = "only --device, and --lm, --data, --text or --env if that has moved"
-            raise InputError(f"--resume keeps the run's settings; it takes {allowed}")
-        checkpoint = read_checkpoint(out)
-        header = checkpoint["header"]
-        config = Config(**header["config"] | with_full_paths(given))
-        check_options(config)  # torchrun may have another number of processes now
-        # A module that a file names is not imported unless the user names it, too.
-        given_env, run_env = given.get("env"), header["config"]["env"]
-        if given_env is None and ":" in str(run_env):
-            raise InputError(f"the run evaluates in {run_env}; allow it with --env {run_env}")
-        if given_env is not None and given_env.split(":")[-1] != str(run_env).split(":")[-1]:
-            where = run_env or "the environment of its data"
-            raise InputError(f"the run evaluates in {where}; --resume takes no other --env")
-        print(header["title"], flush=True)
-        return run(config, header["title"], out, checkpoint)
-
+        return resume(Path(given.pop("resume")), given)
     config, title = configure(given)
     name = config.env if config.env in TASKS else config.data.strip("/").replace("/", "-")
     name = f"{name}-{config.method}-{config.ratio:g}-{config.seed}"
