@@ -284,7 +284,7 @@ def rollout(
         policy: a torch module in evaluation mode, whose parameters are on the device to use. It has
             `context` (K, the steps that it sees), and `act(returns_to_go (B, K), states (B, K, S),
             actions (B, K, A), timesteps (B, K), lengths (B,)) -> (B, A)`; see LaMo.act. Numbers are
-            float64, images uint8. One of several choices is one-hot.
+            float64, images uint8. A discrete action is one-hot.
         environments: an Environments.
         targets: returns to condition the policy on.
         seed: episode i of each target starts from the environment's seed `seed + i`.
@@ -347,10 +347,8 @@ def rollout(
                 end(row)
                 continue
             # The return-to-go is the target minus the rewards so far.
-            return_to_go = histories.returns_to_go[row, histories.lengths[row] - 1]
-            if not delayed:
-                return_to_go -= reward
-            histories.add(row, return_to_go, state)
+            rewarded = 0.0 if delayed else returns[number]
+            histories.add(row, target_of[number] - rewarded, state)
 
     progress.close()
     return tuple(part.reshape(len(targets), episodes) for part in (returns, lengths, successes))
@@ -498,6 +496,8 @@ def main(arguments):
     options = parser.parse_args(arguments)
     if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
         parser.error(f"--video {options.video} must end in .gif or .mp4")
+    if options.video and not Path(options.video).parent.is_dir():
+        parser.error(f"--video {options.video} is in a folder that does not exist; make it first")
 
     policy, config, header = lamo.load(options.folder, options.device, options.lm)
     print(header["title"])
