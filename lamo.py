@@ -130,7 +130,7 @@ METHODS = {  # what each method changes in the defaults of Config
 }
 # fmt: on
 
-# For a dataset that belongs to no task. None means: taken from the data.
+# For --data without a task in --env. None means: taken from the data.
 OTHER_TASK = Task(None, None, None, return_scale=None, context=20, reference=(0, 100))
 
 
@@ -217,11 +217,13 @@ class Config:
     # training
     steps: int = option(100_000, "training steps", type=COUNT)
     batch: int = option(64, "windows of trajectories in a training step", type=COUNT)
-    lr: float = option(1e-4, "learning rate of AdamW", type=AMOUNT)
-    lr_schedule: str = option("constant", "after the warm-up", choices=["constant", "cosine"])
+    lr: float = option(1e-4, "learning rate of AdamW", type=number(float, 0, 1))
+    lr_schedule: str = option(
+        "constant", "learning rate after the warm-up", choices=["constant", "cosine"]
+    )
     warmup: int = option(2500, "training steps of linear warm-up", type=COUNT_OR_ZERO)
     weight_decay: float = option(1e-5, "weight decay of AdamW", type=AMOUNT)
-    grad_clip: float = option(0.25, "largest norm of the gradient", type=number(float, 1e-9))
+    grad_clip: float = option(0.25, "clip the gradient to this norm", type=number(float, 1e-9))
     bf16: bool = option(False, "run the trunk's blocks in bfloat16", action="store_true")
 
     # evaluation
@@ -239,7 +241,9 @@ class Config:
     # run
     seed: int = option(0, "seed of everything random", type=number(int, 0, 1_000_000))
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
-    out: str | None = option(None, "folder; default: runs/<env or data>-<method>-<ratio>-<seed>")
+    out: str | None = option(
+        None, "folder; default: runs/<env or data>-<method>-<ratio>-<seed>[-demo]"
+    )
     demo: bool = option(False, "use demo/ for everything not given", action="store_true")
 
 
@@ -557,7 +561,7 @@ class LaMo(nn.Module):
         state_mean, state_std: statistics of the data, lists of S floats.
         action_low, action_high: bounds of the actions, lists of A floats.
         discrete: whether an action is one of A choices.
-        image_shape: of states that are images, which have no statistics; else None.
+        image_shape: the shape of a state that is an image, which has no statistics; else None.
     """
 
     def __init__(
@@ -607,7 +611,7 @@ class LaMo(nn.Module):
         """Return the tokens (B, 3 K, D) of windows.
 
         The windows are returns_to_go (B, K), states (B, K, S), actions (B, K, A), timesteps (B, K).
-        One of fewer than K steps is padded on the right, where causal attention never looks.
+        A window of fewer than K steps is padded on the right, where causal attention never looks.
         """
         if not self.image_shape:  # an image is scaled by its encoder
             states = self.scale(states, self.state_mean, self.state_std)
@@ -649,7 +653,8 @@ class LaMo(nn.Module):
     def action_loss(self, batch):
         """Return the mean error of the actions over the real steps of a batch.
 
-        It is the mean squared error over A of scaled actions; the cross-entropy of discrete ones.
+        The error of a step is the mean squared error of its A scaled numbers; for discrete actions,
+        the cross-entropy.
         """
         predicted = self.predict(
             batch["returns_to_go"], batch["states"], batch["actions"], batch["timesteps"]
@@ -878,12 +883,12 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
         optimizer.load_state_dict(checkpoint["optimizer"])
     recorder = Recorder(out, header, checkpoint)
     learner = distribute(model, text)
-    evaluates = environments is not None and rank_and_world()[0] == 0
+    can_evaluate = environments is not None and rank_and_world()[0] == 0
     scores = {}
     model.train()
 
     with StopSignals(run_argument(out, config.env)) as signals:
-        steps = range(recorder.start, config.steps + 1)  # step: how many have been taken
+        steps = range(recorder.start, config.steps + 1)  # step: how many were taken so far
         # An iteration logs, saves and evaluates the model after `step` steps, then takes the next.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
@@ -900,7 +905,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
                 sys.exit(f"stopped after {step} steps; {signals.advice}")
 
             # Evaluate in the simulator. Under torchrun the other processes wait.
-            if evaluating and evaluates:
+            if evaluating and can_evaluate:
                 with signals.at_once():
                     scores = evaluate(
                         model, environments, config.targets, config.episodes, first_seed(config),
@@ -1125,7 +1130,7 @@ def hub_is_reachable():
 def find_file(dataset, filename):
     """Return the path of a file of a dataset on the Hugging Face hub; download it if need be."""
     advice = f"cannot find {filename} of {dataset} in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs none"):
+    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs no network"):
         offline = not hub_is_reachable()
         path = hf_hub_download(dataset, filename, repo_type="dataset", local_files_only=offline)
         return Path(path)
@@ -1152,7 +1157,7 @@ def load_causal_lm(name):
     Raises InputError if it cannot be loaded, or if it is not a causal language model.
     """
     advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs none"):
+    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs no network"):
         config = from_transformers("AutoConfig", name)
     with on_error(f"cannot load --lm {name}; if it is damaged, get it again"):
         if config.is_encoder_decoder:
@@ -1175,7 +1180,7 @@ def load_tokenizer(name):
 
 
 def first_token(tokenizer):
-    """Return the id that each text starts with: Llama, Gemma and OPT have one; GPT-2 has None."""
+    """Return the id that each text starts with, as for Llama, Gemma and OPT; None for GPT-2."""
     first = tokenizer("text")["input_ids"][0]
     return first if first == tokenizer.bos_token_id else None
 
@@ -1253,7 +1258,10 @@ def advice_on(path):
                     return ", but of D4RL; take Minari's own, such as D4RL/kitchen/complete-v2"
                 if "episode_0" in content:
                     return ", but of an older Minari; download it again"
-    return ", which is a folder with data/main_data.hdf5 and data/metadata.json"
+    return (
+        ", which is a folder with data/main_data.hdf5 and data/metadata.json; delete it if it is an"
+        " unfinished download"
+    )
 
 
 def split_episodes(dataset, ratio, seed):
@@ -1513,7 +1521,8 @@ def prepare(config, title):
     environments = None
     if config.env != "none":
         with on_error(
-            "cannot make the environment; name one, --env ID or module:ID, or --env none"
+            "cannot make the environment; name one with --env ID or --env module:ID, or train"
+            " without: --env none"
         ):
             spec = evaluation_spec(dataset, config.env)
             spec.max_episode_steps = episode_limit(config, spec, trajectories)
@@ -1533,7 +1542,7 @@ def prepare(config, title):
     largest = max(abs(np.array([*returns, *config.targets])))
     power_of_ten = 10.0 ** round(math.log10(largest)) if largest > 0 else 1.0
     reference = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
-    if None in reference:
+    if None in reference or reference[0] == reference[1]:  # none, or none to divide by
         reference = task.reference
 
     # The policy
@@ -1604,8 +1613,8 @@ def action_bounds(space, actions):
 def episode_limit(config, spec, trajectories):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
-    Where the environment has no limit, the longest trajectory sets it. So it does for a dataset
-    that belongs to no task, if that trajectory was cut off before a tenth of the limit.
+    Where the environment has no limit, it is the length of the longest trajectory. The same holds
+    if --env names no task, and that trajectory was cut off before a tenth of the environment's.
     """
     if config.max_steps:
         return config.max_steps
@@ -1810,7 +1819,7 @@ def run_folder(out, env):
 def resume(out, given):
     """Go on with the run in a folder; `given` are the other options of the command line."""
     if given.keys() - {"device", "lm", "data", "text", "env"}:
-        allowed = "only --device, and --lm, --data, --text or --env if that has moved"
+        allowed = "only --device; --lm, --data or --text, if it has moved; --env, to allow a module"
         raise InputError(f"--resume keeps the run's settings; it takes {allowed}")
     checkpoint = read_checkpoint(out)
     header = checkpoint["header"]

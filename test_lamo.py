@@ -1713,6 +1713,16 @@ def test_a_share_in_percent_of_a_hundred_trajectories_is_that_many():
         assert sorted([*chosen, *others]) == list(range(100))
 
 
+@pytest.mark.parametrize("given, used", [((1, 5), (1, 5)), ((5, 5), (0, 100))])
+def test_scores_use_the_datas_reference_returns_unless_they_are_equal(tmp_path, given, used):
+    folder = save_dataset("test/rated-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
+    change_metadata(folder, ref_min_score=given[0], ref_max_score=given[1])
+    start(folder, tmp_path / "run")
+    row = read_scores(tmp_path / "run")["best"]
+    low, high = used
+    assert row["score"] == pytest.approx(100 * (row["return_mean"] - low) / (high - low))
+
+
 @pytest.mark.parametrize("missing", [(0, 2), (0, 1, 2, 3)])
 def test_episodes_may_lack_the_last_observation(tmp_path, missing):
     folder = save_dataset("test/short-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
@@ -2848,6 +2858,7 @@ BAD_OPTIONS = [
     ("--lora-rank -1", "--lora-rank"),
     ("--lr -1", "--lr"),
     ("--lr nan", "--lr"),
+    ("--lr 2", "2 must be between 0 and 1"),
     ("--batch 0", "--batch"),
     ("--context -1", "--context"),
     ("--text-block 1", "--text-block"),
@@ -2875,7 +2886,7 @@ BAD_OPTIONS = [
     ("--data {bad}/nan", "is not finite"),
     ("--data {bad}/empty-data", "empty-data"),
     ("--data {bad}/no-episodes", "leaves none"),
-    ("--data {bad}/metadata-alone", "metadata-alone"),
+    ("--data {bad}/metadata-alone", "metadata-alone.*delete it if it is an unfinished download"),
     ("--data {bad}/no-rewards", "no-rewards"),
     ("--data {bad}/nan-reward", "is not finite"),
     ("--data {bad}/words", "words"),
@@ -2892,7 +2903,7 @@ BAD_OPTIONS = [
     ("--env none --data {bad}/test/column-v0", r"must be integers \(T,\), not int64 \(5, 1\)"),
     ("--data {bad}/test/other-kind-v0", "has the actions Box.*its environment Discrete"),
     ("--env none --data {bad}/test/multi-v0", "LaMo can take only vectors"),
-    ("--env eval --data {bad}/test/good-v0", "name one, --env ID .*no environment is recorded"),
+    ("--env eval --data {bad}/test/good-v0", "name one with --env ID .*no environment is recorded"),
     ("--data no-such-name", "no-such-name"),
     ("--lm {bad}/folder", "cannot find a language model"),
     ("--lm {bad}/no-json", "cannot find a language model"),
@@ -2937,6 +2948,7 @@ BAD_EVALUATIONS = [
     ("{run} --seed -1", "--seed"),
     ("{run} --episodes 0", "--episodes"),
     ("{run} --video out.avi", "must end in .gif or .mp4"),
+    ("{run} --video {bad}/no/out.gif", "in a folder that does not exist"),
     ("{run} --targets x", "--targets"),
     ("{run} --device tpu", "tpu"),
     ("{run} --targets nan", "--targets"),
