@@ -38,27 +38,46 @@ LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "Human
 def spec_of(env_id, recorded=None):
     """Return the EnvSpec of an id that the user names. `module:ID` imports the module first.
 
-    `recorded` is an EnvSpec as text. If it is of the same environment, its settings are taken, but
-    not its wrappers.
+    `recorded` is an EnvSpec as text. If it is of the same environment, its settings and wrappers
+    are taken. Prints the wrappers that are lost.
     """
     module, _, name = env_id.rpartition(":")
     if module:
         importlib.import_module(module)  # it registers the environment
     registered = gym.spec(name)
     recorded = json.loads(recorded or "{}")
-    if recorded.get("id") != registered.id:
+    wrappers = [WrapperSpec(**wrapper) for wrapper in recorded.get("additional_wrappers", ())]
+    if recorded.get("id") == registered.id:
+        kept = [wrapper for wrapper in wrappers if can_rebuild(wrapper, registered)]
+    else:
+        kept = registered.additional_wrappers
         recorded = {"max_episode_steps": registered.max_episode_steps}
-    return with_settings(registered, recorded, registered.additional_wrappers)
+    for wrapper in wrappers:
+        if wrapper not in kept:
+            print(f"evaluating without the wrapper {wrapper.name}")
+    return with_settings(registered, recorded, kept)
+
+
+def can_rebuild(wrapper, registered):
+    """Return whether a recorded wrapper is Gymnasium's, or one that comes with its environment."""
+    if wrapper in registered.additional_wrappers:
+        return True
+    known = getattr(gym.wrappers, wrapper.name, None)
+    is_known = known and wrapper.entry_point == f"{known.__module__}:{known.__name__}"
+    return is_known and wrapper.kwargs is not None and wrapper.name not in LOST_WRAPPERS
 
 
 def with_settings(registered, recorded, wrappers):
     """Return a copy of a registered EnvSpec, with the settings of a recorded one, a dict."""
-    kwargs, limit = recorded.get("kwargs", {}), recorded.get("max_episode_steps")
+    kwargs = registered.kwargs | recorded.get("kwargs", {})
+    if kwargs.get("render_mode") != "rgb_array":  # others open a window, or keep all pictures
+        kwargs.pop("render_mode", None)
+    limit = recorded.get("max_episode_steps")
     return replace(
         registered,
-        kwargs=registered.kwargs | kwargs,
+        kwargs=kwargs,
         max_episode_steps=int(limit) if limit else None,  # some specs store it as a float
-        additional_wrappers=wrappers,
+        additional_wrappers=tuple(wrappers),
     )
 
 
@@ -93,11 +112,9 @@ def spec_from_json(text):
         raise ValueError(f"Gymnasium does not know the environment {recorded['id']}")
     wrappers = [WrapperSpec(**wrapper) for wrapper in recorded.get("additional_wrappers", ())]
     for wrapper in wrappers:
-        known = getattr(gym.wrappers, wrapper.name, None)
-        is_known = known and wrapper.entry_point == f"{known.__module__}:{known.__name__}"
-        if not is_known or wrapper.kwargs is None or wrapper.name in LOST_WRAPPERS:
+        if not can_rebuild(wrapper, registered):
             raise ValueError(f"the wrapper {wrapper.name} of {registered.id} cannot be rebuilt")
-    return with_settings(registered, recorded, tuple(wrappers))
+    return with_settings(registered, recorded, wrappers)
 
 
 def seen(observation):
@@ -119,7 +136,7 @@ def policy_spaces(env):
     """
 
     def is_vector(space):
-        return isinstance(space, Box) and len(space.shape) == 1
+        return isinstance(space, Box) and len(space.shape) == 1 and space.dtype != bool
 
     observations, actions = env.observation_space, env.action_space
     if isinstance(observations, Dict):
@@ -148,37 +165,55 @@ def policy_spaces(env):
 class Environments:
     """Copies of an environment, made when they are first needed, and stepped by a thread per core.
 
-    Threads help because MuJoCo releases Python's interpreter lock while it simulates.
+    Threads help because MuJoCo releases Python's interpreter lock while it simulates. Environments
+    that draw what they observe have one thread: MuJoCo draws black pictures in any other.
 
     Args:
         spec: the EnvSpec of the environment.
         num_envs: the most copies to run at a time, at most NUM_ENVS.
         render_mode: Gymnasium's, for `rollout` to take pictures.
     Raises:
-        ValueError: a policy cannot handle its observations or actions; see `policy_spaces`.
+        ValueError: a policy cannot handle its observations or actions; see `policy_spaces`. Errors
+            of the environment's own `reset` pass through.
     """
 
     def __init__(self, spec, num_envs=NUM_ENVS, render_mode=None):
         self.spec, self.num_envs, self.render_mode = spec, min(num_envs, NUM_ENVS), render_mode
-        self.threads = ThreadPoolExecutor(os.cpu_count())
         self.envs = [self.make()]
         self.observation_space, self.action_space = policy_spaces(self.envs[0])
+        self.envs[0].reset(seed=0)  # fails now, if ever
+        draws = len(self.observation_space.shape) == 3 and not spec.id.startswith("ALE/")
+        self.map = map if draws else ThreadPoolExecutor(os.cpu_count()).map
 
     def make(self):
         keywords = {}  # not every environment takes a render_mode
+        wrappers = [wrapper.name for wrapper in self.spec.additional_wrappers]
+        sees_pictures = "AddRenderObservation" in wrappers
+        if self.render_mode or sees_pictures:
+            if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+                os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
         if self.render_mode:
             keywords["render_mode"] = self.render_mode
-            # From Gymnasium 1.4 on, the default camera would let a robot leave the picture.
-            if str(self.spec.entry_point).startswith("gymnasium.envs.mujoco"):
+            # From Gymnasium 1.4 on, the default camera would let a robot leave the picture. But a
+            # policy that sees pictures needs those of the camera that it was trained with.
+            is_mujoco = str(self.spec.entry_point).startswith("gymnasium.envs.mujoco")
+            has_camera = sees_pictures or {"camera_name", "camera_id"} & self.spec.kwargs.keys()
+            if is_mujoco and not has_camera:
                 keywords["camera_name"] = "track"
         return atari.preprocess_env(gym.make(self.spec, disable_env_checker=True, **keywords))
 
     def ready(self, count):
-        """Make copies until there are `count`, but no more than `num_envs`; return how many."""
-        count = min(count, self.num_envs)
-        while len(self.envs) < count:
-            self.envs.append(self.make())
-        return count
+        """Make copies until there are `count`, but no more than `num_envs`; return how many.
+
+        If no other copy can be made, those that exist have to do.
+        """
+        while len(self.envs) < min(count, self.num_envs):
+            try:
+                self.envs.append(self.make())
+            except Exception as error:  # environments raise anything
+                self.num_envs = len(self.envs)
+                tqdm.write(f"only {self.num_envs} at a time of {self.spec.id}: {error!r}")
+        return min(count, self.num_envs)
 
     def reset(self, rows, seeds):
         """Start episodes in some rows. Returns what `step` returns, with a reward of 0."""
@@ -187,14 +222,14 @@ class Environments:
             observation, _ = env.reset(seed=seed)
             return observation, 0.0, False, False, {}
 
-        return list(self.threads.map(partial(self._attempt, reset), rows, seeds))
+        return list(self.map(partial(self._attempt, reset), rows, seeds))
 
     def step(self, rows, actions):
         """Take a step in some rows.
 
         Returns for each row (observation, reward, whether the episode has ended, whether it is a
-        success). Success is NaN where the environment does not say. Where the simulator fails, the
-        row has (None, NaN, True, NaN).
+        success). Success is NaN where the environment gives no number. Where the simulator fails,
+        the row has (None, NaN, True, NaN).
         """
 
         def step(env, action):
@@ -202,7 +237,7 @@ class Environments:
                 action = int(env.action_space.start + action.argmax())
             return env.step(action)
 
-        return list(self.threads.map(partial(self._attempt, step), rows, actions))
+        return list(self.map(partial(self._attempt, step), rows, actions))
 
     def _attempt(self, function, row, argument):
         try:
@@ -212,8 +247,9 @@ class Environments:
                 raise ValueError(f"an observation has the shape {observation.shape}")
             if not (np.isfinite(observation).all() and np.isfinite(reward)):
                 raise ArithmeticError("an observation or a reward is not finite")
-            success = info.get("success", info.get("is_success"))
-            success = np.nan if success is None else float(np.squeeze(success))
+            success = np.asarray(info.get("success", info.get("is_success")))
+            is_number = success.size == 1 and success.dtype.kind in "biuf"
+            success = float(success.item()) if is_number else np.nan
             return observation, reward, terminated or truncated, success
         except Exception as error:  # environments raise anything
             tqdm.write(f"an episode of {self.spec.id} failed: {error!r}")
@@ -430,13 +466,13 @@ def record(policy, spec, target, seed, path, delayed=False):
     """Write a .gif or .mp4 of an episode; return the episode's return and its length in steps."""
     import imageio.v2 as imageio
 
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     environments = Environments(spec, num_envs=1, render_mode="rgb_array")
-    fps = environments.envs[0].metadata.get("render_fps", 25)
+    fps = environments.envs[0].metadata.get("render_fps") or 25
     every = max(1, round(fps / 25))
     frames = []
     returns, lengths, _ = rollout(policy, environments, [target], 1, seed, delayed, frames, every)
+    if any(frame is None for frame in frames):
+        raise ValueError(f"{spec.id} draws no pictures")
     imageio.mimsave(path, frames, fps=fps / every)
     return float(returns[0, 0]), int(lengths[0, 0])
 
@@ -514,7 +550,9 @@ def main(arguments):
     if target is None:
         raise lamo.InputError("every episode failed, see above")
     if options.video:
-        with lamo.on_error(f"cannot render {options.video}; try MUJOCO_GL=egl or MUJOCO_GL=osmesa"):
+        with lamo.on_error(
+            f"cannot render {options.video}; if MuJoCo fails, try MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+        ):
             total, length = record(
                 policy, environments.spec, float(target), seed, options.video, config.delayed
             )

@@ -1723,6 +1723,21 @@ def test_scores_use_the_datas_reference_returns_unless_they_are_equal(tmp_path, 
     assert row["score"] == pytest.approx(100 * (row["return_mean"] - low) / (high - low))
 
 
+def test_an_episode_of_integers_does_not_round_the_others(tmp_path):
+    """Minari keeps each episode's own dtype."""
+    episodes = [
+        (np.array([[0, 1], [1, 2]]), [[0.5]], [1.0]),
+        (np.array([[0.9, -0.9], [1, 2]]), [[0.5]], [1.0]),
+    ]
+    spaces = {
+        "observation_space": gym.spaces.Box(-9, 9, (2,), np.float64),
+        "action_space": gym.spaces.Box(-1, 1, (1,), np.float64),
+    }
+    folder = save_dataset("test/mixed-v0", None, episodes, **spaces)
+    trajectories = lamo.read_trajectories(minari.MinariDataset(folder / "data"), 1.0, 0)
+    assert trajectories.states.tolist() == [[0, 1], [0.9, -0.9]]
+
+
 @pytest.mark.parametrize("missing", [(0, 2), (0, 1, 2, 3)])
 def test_episodes_may_lack_the_last_observation(tmp_path, missing):
     folder = save_dataset("test/short-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
@@ -1839,22 +1854,102 @@ def test_a_named_environment_keeps_the_settings_in_the_data(tmp_path):
     evaluation.main([str(tmp_path / "run"), "--env", "Hopper-v5"])  # has 12 numbers, too
 
 
+class Own(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """A wrapper as users write them."""
+
+    def __init__(self, env):
+        gym.utils.RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+
+
 def test_an_environment_keeps_the_wrappers_it_was_registered_with(tmp_path, capsys):
     wrapper = gym.wrappers.RescaleAction.wrapper_spec(min_action=-3.0, max_action=3.0)
-    gym.register("Wide-v0", "test_lamo:Point", additional_wrappers=(wrapper,), max_episode_steps=12)
+    wrappers = wrapper, Own.wrapper_spec()
+    gym.register("Wide-v0", "test_lamo:Point", additional_wrappers=wrappers, max_episode_steps=12)
     space = gym.make(evaluation.spec_of("Wide-v0")).action_space
     assert space == gym.make("Wide-v0").action_space and (space.high == 3).all()
     folder = save_dataset("test/wide-v0", "Wide-v0", play(gym.make("Wide-v0")))
     start(folder, tmp_path / "run", "--env", "Wide-v0")
-    assert "without the dataset's wrapper" not in capsys.readouterr().out
-    assert "RescaleAction" in read_log(tmp_path / "run")[0]["env_spec"]
+    assert "without the wrapper" not in capsys.readouterr().out
+    recorded = json.loads(read_log(tmp_path / "run")[0]["env_spec"])
+    assert [part["name"] for part in recorded["additional_wrappers"]] == ["RescaleAction", "Own"]
 
-    # The same wrapper with other bounds is another one.
-    spec = json.loads(gym.spec("Wide-v0").to_json())
-    spec["additional_wrappers"][0]["kwargs"]["max_action"] = 2.0
+
+def test_a_named_environment_keeps_the_wrappers_of_its_data_that_can_be_rebuilt(tmp_path, capsys):
+    """Else the policy's actions, of 3 at most, would be worth a thirtieth of what they were."""
+    wrapper = gym.wrappers.RescaleAction
+    env = wrapper(gym.make("Point-v0"), -3.0, 3.0)
+    folder = save_dataset("test/rescaled-v0", env, play(env))
+    spec = json.loads(env.spec.to_json())
+    lost = {
+        "name": "NormalizeReward",
+        "entry_point": "gymnasium.wrappers:NormalizeReward",
+        "kwargs": {},
+    }
+    spec["additional_wrappers"].append(lost)
     change_metadata(folder, env_spec=json.dumps(spec))
-    start(folder, tmp_path / "other", "--env", "Wide-v0")
-    assert "without the dataset's wrapper RescaleAction" in capsys.readouterr().out
+    start(folder, tmp_path / "run", "--env", "test_lamo:Point-v0")
+    policy, *_ = lamo.load(tmp_path / "run")
+    assert policy.action_radius.tolist() == pytest.approx([3, 3])
+    recorded = json.loads(read_log(tmp_path / "run")[0]["env_spec"])
+    assert [part["name"] for part in recorded["additional_wrappers"]] == ["RescaleAction"]
+    assert "evaluating without the wrapper NormalizeReward" in capsys.readouterr().out
+
+    # Another environment gets none of them.
+    evaluation.main([str(tmp_path / "run"), "--env", "test_lamo:PointWithArrays-v0"])
+    assert "evaluating without the wrapper RescaleAction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["human", "rgb_array_list", "rgb_array", None])
+def test_data_recorded_in_a_window_opens_none(mode):
+    spec = gym.spec("Hopper-v5")
+    spec = replace(spec, kwargs={"render_mode": mode}) if mode else spec
+    kept = evaluation.spec_from_json(spec.to_json()).kwargs
+    assert kept == ({"render_mode": mode} if mode == "rgb_array" else {})
+    named = evaluation.spec_of("Hopper-v5", spec.to_json()).kwargs
+    assert named == kept
+
+
+def test_an_environment_that_cannot_start_is_found_before_training(tmp_path):
+    class Stuck(Point):
+        def reset(self, *, seed=None, options=None):
+            raise RuntimeError("no licence")
+
+    gym.register("Stuck-v0", Stuck, max_episode_steps=12)
+    with pytest.raises(InputError, match="cannot make the environment.*no licence"):
+        start(a_set("Point"), tmp_path / "run", "--env", "Stuck-v0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_if_few_copies_can_be_made_those_are_enough():
+    made = []
+
+    class Licensed(Point):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+            if len(made) > 3:
+                raise RuntimeError("no licence")
+
+    gym.register("Licensed-v0", Licensed, max_episode_steps=12)
+    few, many = (Environments(evaluation.spec_of(f"{name}-v0")) for name in ("Licensed", "Point"))
+    policy = tiny_lamo(S=3, bounds=[[-0.1] * 2, [0.1] * 2]).eval()
+    results = [evaluation.rollout(policy, part, [0.0], 7, 0) for part in (few, many)]
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert len(few.envs) == 3 and len(many.envs) == 7
+
+
+@pytest.mark.parametrize("success", [np.array([True, False]), {"task": 1.0}, "yes"])
+def test_a_success_that_is_no_number_is_unknown(success):
+    class Vague(Point):
+        def step(self, action):
+            return *super().step(action)[:4], {"success": success}
+
+    gym.register("Vague-v0", Vague, max_episode_steps=12)
+    environments = Environments(evaluation.spec_of("Vague-v0"), 1)
+    environments.reset([0], [0])
+    [(_, reward, _, said)] = environments.step([0], [np.zeros(2)])
+    assert np.isfinite(reward) and np.isnan(said)
 
 
 def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path):
@@ -1882,6 +1977,8 @@ def test_an_environment_with_other_choices_is_refused():
     box, choices = gym.spaces.Box(-9, 9, (11,)), gym.spaces.Discrete(3, start=5)
     env = SimpleNamespace(observation_space=box, action_space=choices)
     lamo.check_spaces(env, env)
+    narrow = gym.spaces.Discrete(3, start=5, dtype=np.int32)  # Minari stores all as int64
+    lamo.check_spaces(env, SimpleNamespace(observation_space=box, action_space=narrow))
     for other in (
         gym.spaces.Discrete(3),
         gym.spaces.Discrete(4, start=5),
@@ -1976,7 +2073,7 @@ def test_wrappers_that_cannot_be_rebuilt_are_named(tmp_path, name, capsys):
     ):
         start(folder, tmp_path / "run")
     start(folder, tmp_path / "run", "--env", "InvertedPendulum-v5")
-    assert f"without the dataset's wrapper {name}" in capsys.readouterr().out
+    assert f"without the wrapper {name}" in capsys.readouterr().out
 
 
 def test_wrappers_that_keep_nothing_are_rebuilt(tmp_path):
@@ -2000,6 +2097,28 @@ def test_actions_without_bounds_have_those_of_the_data(tmp_path, capsys):
     )
     assert [bound.item() for bound in bounds] == pytest.approx([taken.min(), taken.max()])
     assert "the actions have no bounds" in capsys.readouterr().out
+
+
+def test_the_largest_float_is_no_bound():
+    largest = np.finfo(np.float32).max
+    space = gym.spaces.Box(np.array([-largest, -2]), np.array([1, largest]), dtype=np.float32)
+    actions = torch.tensor([[-0.5, 0.0], [0.5, 7.0]])
+    low, high = lamo.action_bounds(space, actions)
+    assert (low.tolist(), high.tolist()) == ([-0.5, -2], [1, 7])
+
+
+def test_other_bounds_in_the_environment_than_in_the_data_are_named(capsys):
+    env, wide = (
+        SimpleNamespace(
+            observation_space=gym.spaces.Box(-9, 9, (3,)),
+            action_space=gym.spaces.Box(-bound, bound, (2,)),
+        )
+        for bound in (1, 100)
+    )
+    lamo.check_spaces(env, env)
+    assert not capsys.readouterr().out
+    lamo.check_spaces(env, wide)
+    assert "Box(-1.0, 1.0, (2,), float32), its environment Box(-100.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -2827,6 +2946,9 @@ def bad_kinds():
         "numbers": (None, np.zeros(6), choices, vector, Discrete(2)),
         "outside": (None, np.zeros((6, 4)), choices + 1, vector, Discrete(2)),
         "column": (None, np.zeros((6, 4)), choices[:, None], vector, Discrete(2)),
+        "few-actions": (None, np.zeros((6, 4)), np.zeros((5, 1)), vector, Box(-1, 1, (2,))),
+        "bare-actions": (None, np.zeros((6, 4)), np.zeros(5), vector, Box(-1, 1, (1,))),
+        "bits": (None, np.zeros((6, 4), bool), np.zeros((5, 2)), Box(0, 1, (4,), bool), Box(-1, 1, (2,))),
         "other-kind": ("CartPole-v1", np.zeros((6, 4)), np.zeros((5, 2)), vector, Box(-1, 1, (2,))),
         "multi": (None, np.zeros((6, 4)), np.zeros((5, 2), int), vector, gym.spaces.MultiDiscrete([2, 2])),
     }  # fmt: skip
@@ -2901,6 +3023,9 @@ BAD_OPTIONS = [
     ("--env none --data {bad}/test/numbers-v0", r"observations of shape \(\), not \(4,\)"),
     ("--env none --data {bad}/test/outside-v0", "not in its space"),
     ("--env none --data {bad}/test/column-v0", r"must be integers \(T,\), not int64 \(5, 1\)"),
+    ("--env none --data {bad}/test/few-actions-v0", r"must be \(T, 2\), not \(5, 1\)"),
+    ("--env none --data {bad}/test/bare-actions-v0", r"must be \(T, 1\), not \(5,\)"),
+    ("--env none --data {bad}/test/bits-v0", "LaMo can see only vectors of numbers"),
     ("--data {bad}/test/other-kind-v0", "has the actions Box.*its environment Discrete"),
     ("--env none --data {bad}/test/multi-v0", "LaMo can take only vectors"),
     ("--env eval --data {bad}/test/good-v0", "name one with --env ID .*no environment is recorded"),
@@ -3179,6 +3304,29 @@ def test_eval_command_and_video(trained, tmp_path):
         assert np.abs(first - np.asarray(image.convert("RGB"))).max() > 30  # it moves
 
 
+@pytest.mark.slow
+def test_a_policy_sees_the_pictures_that_its_data_has(tmp_path, monkeypatch):
+    """MuJoCo draws black ones in another thread than the first, and others from another camera."""
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    make = functools.partial(gym.make, "Hopper-v5", render_mode="rgb_array", width=40, height=48)
+    try:
+        env = gym.wrappers.AddRenderObservation(make(max_episode_steps=5))
+        first, _ = env.reset(seed=3)
+    except Exception as error:
+        pytest.skip(f"this machine has no OpenGL: {error!r}")
+    then = env.step(np.zeros(3))[0]
+    assert first.std() > 10 and (first != then).any()
+    spec = evaluation.spec_from_json(env.spec.to_json())
+    for render_mode in None, "rgb_array":
+        environments = Environments(spec, 2, render_mode)
+        environments.ready(2)
+        for row in 0, 1:
+            [(image, *_)] = environments.reset([row], [3])
+            np.testing.assert_array_equal(image, first)
+            [(image, *_)] = environments.step([row], [np.zeros(3)])
+            np.testing.assert_array_equal(image, then)
+
+
 def test_a_machine_that_cannot_render_evaluates_first(trained, tmp_path, monkeypatch, capsys):
     class Blind(Environments):
         def __init__(self, spec, num_envs=20, render_mode=None):
@@ -3191,7 +3339,7 @@ def test_a_machine_that_cannot_render_evaluates_first(trained, tmp_path, monkeyp
         monkeypatch.setenv(variable, "")  # so that both are as they were after the test
         monkeypatch.delenv(variable)
     monkeypatch.setattr(evaluation, "Environments", Blind)
-    with pytest.raises(InputError, match="cannot render .*out.gif; try MUJOCO_GL=.*eglQueryString"):
+    with pytest.raises(InputError, match="cannot render .*out.gif; .*MUJOCO_GL=.*eglQueryString"):
         evaluation.main([str(trained[0]), "--video", str(tmp_path / "out.gif"), "--episodes", "1"])
     assert "score: 0 for a return of" in capsys.readouterr().out
 
