@@ -750,7 +750,8 @@ class Trajectories:
 def concatenate(arrays):
     """Return the arrays of a list as one; each is freed as soon as it is copied."""
     steps = sum(len(array) for array in arrays)
-    whole = np.empty((steps, *arrays[0].shape[1:]), arrays[0].dtype)
+    dtype = np.result_type(*{array.dtype for array in arrays})  # some may have integers only
+    whole = np.empty((steps, *arrays[0].shape[1:]), dtype)
     start = 0
     while arrays:
         array = arrays.pop(0)
@@ -1314,9 +1315,13 @@ def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
 def vectors(actions, space):
     """Return the actions of an episode (T, A); those of a Discrete space (T,) become one-hot.
 
-    Raises InputError if a Discrete space does not contain them.
+    Raises InputError if they have another shape, or if a Discrete space does not contain them.
     """
     if not isinstance(space, gym.spaces.Discrete):
+        if actions.shape[1:] != space.shape:
+            raise InputError(
+                f"actions of {space} must be (T, {space.shape[0]}), not {actions.shape}"
+            )
         return actions
     choices = actions - space.start
     if choices.shape != (len(actions),) or choices.dtype.kind not in "iu":
@@ -1325,7 +1330,9 @@ def vectors(actions, space):
         )
     if choices.min() < 0 or choices.max() >= space.n:
         raise InputError(f"an action in the data is not in its space, {space}")
-    return np.eye(space.n, dtype=np.float32)[choices]
+    one_hot = np.zeros((len(choices), space.n), np.float32)
+    one_hot[np.arange(len(choices)), choices] = 1
+    return one_hot
 
 
 def recorded_rewards(dataset, episode):
@@ -1361,10 +1368,6 @@ def evaluation_spec(dataset, env):
         spec = recorded_spec(chosen, env)
     else:
         spec = spec_of(env, chosen)
-        kept = [asdict(wrapper) for wrapper in spec.additional_wrappers]
-        for wrapper in json.loads(chosen or "{}").get("additional_wrappers", ()):
-            if wrapper not in kept:
-                print(f"evaluating without the dataset's wrapper {wrapper['name']}")
     if spec.name == "FrankaKitchen":
         spec.kwargs["remove_task_when_completed"] = True
         spec.kwargs["terminate_on_tasks_completed"] = True
@@ -1601,12 +1604,13 @@ def action_bounds(space, actions):
     gymnasium.wrappers.ClipAction leaves a space without bounds.
     """
     low, high = space.low, space.high
-    if np.isfinite([low, high]).all():
+    has_low, has_high = abs(low) < 1e6, abs(high) < 1e6  # or else infinite, or the largest float
+    if has_low.all() and has_high.all():
         return low, high
     print("the actions have no bounds; those of the data are taken instead")
     actions = actions.cpu().numpy()
-    low = np.where(np.isfinite(low), low, actions.min(axis=0))
-    high = np.where(np.isfinite(high), high, actions.max(axis=0))
+    low = np.where(has_low, low, actions.min(axis=0))
+    high = np.where(has_high, high, actions.max(axis=0))
     return low, high
 
 
@@ -1632,10 +1636,14 @@ def check_spaces(dataset, env):
         if our != their:
             raise InputError(f"the data has {name} of shape {our}, its environment {their}")
     data_space, env_space = dataset.action_space, env.action_space
-    is_discrete = isinstance(data_space, gym.spaces.Discrete)
-    if type(data_space) is not type(env_space) or (is_discrete and data_space != env_space):
-        kinds = f"{data_space}, its environment {env_space}"
-        raise InputError(f"the data has the actions {kinds}")
+    differ = f"the data has the actions {data_space}, its environment {env_space}"
+    if type(data_space) is not type(env_space):
+        raise InputError(differ)
+    if isinstance(data_space, gym.spaces.Discrete):
+        if (data_space.n, data_space.start) != (env_space.n, env_space.start):
+            raise InputError(differ)
+    elif not np.allclose([data_space.low, data_space.high], [env_space.low, env_space.high]):
+        print(differ)  # no error, because wrappers change bounds
 
 
 def check_text(text, trunk):
