@@ -276,9 +276,8 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         return [round(change) for change in changes]
 
     lamo_run, dt_run, with_dropout = ("lamo", "0.1"), ("dt", "0"), ("dt", "0.1")
-    all_trained, random_trunk = (
-        (name, "0.1") for name in ("all trained", "random trunk, all trained")
-    )
+    names = "all trained", "random trunk, all trained", "random trunk", "no language loss"
+    all_trained, all_random, frozen_random, without_loss = ((name, "0.1") for name in names)
 
     # From the end of a run of 1,000 steps
     of_lamo, of_dt = (
@@ -292,31 +291,36 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     # Within the longer runs
     within = {
         method: rise(method, of(method, "held_out_loss", "1000"))
-        for method in (lamo_run, dt_run, with_dropout, all_trained, random_trunk)
+        for method in (lamo_run, dt_run, with_dropout, *((name, "0.1") for name in names))
     }
     text = f"rises by {within[dt_run][0]} % for DT and falls by {-within[lamo_run][0]} % for LaMo"
     assert f"{text}, each time with every seed" in page
     assert min(within[dt_run]) > 0 > max(within[lamo_run])
     assert f"rises by {within[with_dropout][0]} % for DT: dropout" in page
-    assert f"rises by {within[random_trunk][0]} % for a random trunk with all weights" in page
+    assert f"rises by {within[all_random][0]} % for a random trunk with all weights" in page
     assert f"rises by {within[all_trained][0]} % for LaMo with all weights trained" in page
     assert sum(change < 0 for change in within[all_trained][1:]) == 1
     ends = [of(method, "held_out_loss").mean() for method in (all_trained, lamo_run)]
     assert "it ends at {:.4f}, LaMo's at {:.4f}".format(*ends) in page
-    for seed in 0, 1:
-        first, last = (
-            values["hopper 3%, longer", "random trunk", "0.1", "held_out_loss", step][seed]
-            for step in ("1000", "10000")
-        )
-        assert f"from {first:.4f} to {last:.4f}" in page and last < first
+    for method, text, risen in (
+        (frozen_random, "for LaMo on a frozen random trunk, and ends at", 0),
+        (without_loss, "for LaMo without its language loss, and ends at", 1),
+    ):
+        end = of(method, "held_out_loss").mean()
+        assert f"falls by {-within[method][0]} % {text} {end:.4f}" in page
+        assert sum(change > 0 for change in within[method][1:]) == risen
+    higher = of(frozen_random, "held_out_loss") - of(without_loss, "held_out_loss")
+    assert "with each seed, by {:.4f}, {:.4f} and {:.4f}".format(*higher) in page
     fit = [of(method, "train_loss").mean() for method in (lamo_run, dt_run)]
     assert "its loss on them ends at {:.4f}, DT's at {:.6f}".format(*fit) in page
 
     # The scores at the end
     for text, first, second, name in (
         ("DT minus LaMo: ", lamo_run, dt_run, "best_score"),
-        ("random minus language model: ", all_trained, random_trunk, "best_score"),
-        ("over all targets the latter difference is ", all_trained, random_trunk, "mean_score"),
+        ("random minus language model: ", all_trained, all_random, "best_score"),
+        ("random minus LaMo: ", lamo_run, frozen_random, "best_score"),
+        ("Over all targets the second difference is ", all_trained, all_random, "mean_score"),
+        (", the third ", lamo_run, frozen_random, "mean_score"),
     ):
         ours, theirs = of(first, name), of(second, name)
         if name == "best_score":
