@@ -1828,7 +1828,7 @@ def test_an_environment_of_ones_own_has_to_be_named(tmp_path):
     for arguments, words in (
         (
             run,
-            "--env ID or module:ID, or --env none (Gymnasium does not know the environment Mine-v0",
+            "or train without: --env none (Gymnasium does not know the environment Mine-v0",
         ),
         (run + named, ""),
         (again, "name one with --env"),
