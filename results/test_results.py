@@ -253,6 +253,25 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
                     check_spread(cell, [*map(float, numbers.values())])
 
 
+def test_the_text_on_less_data_says_what_the_runs_do():
+    page = " ".join((HERE / "results" / "README.md").read_text().split())
+    rows, settings = read_rows(""), read_settings()
+    kind = r"[-+]\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)"
+    cells = re.findall(rf"changes by ({kind}) points for the best target, and by ({kind})", page)
+    for task, pair in zip(("hopper", "kitchen-partial"), cells, strict=True):
+        for name, cell in zip(("best_score", "mean_score"), pair):
+            leads = []  # DT's over LaMo by seed: on all of the data, and on 3 % of it
+            for share in task, f"{task} 3%":
+                lamo_runs, dt_runs = (
+                    runs_of(rows, share, method, settings) for method in ("lamo", "dt")
+                )
+                leads.append({
+                    seed: {name: float(dt_runs[seed][name]) - float(lamo_runs[seed][name])}
+                    for seed in lamo_runs
+                })  # fmt: skip
+            check_difference(cell, [leads[0]], [leads[1]], name)
+
+
 def test_the_text_on_longer_training_says_what_the_runs_do():
     page = " ".join((HERE / "results" / "README.md").read_text().split())
     values = defaultdict(list)  # one for each seed
@@ -334,7 +353,7 @@ def test_losses_in_the_page_are_those_of_the_runs():
     page, settings = (HERE / "results" / "README.md").read_text(), read_settings()
     rows = read_rows("")
     lines = re.findall(r"(?m)^\| ([a-z][^|]*) \| ([\d.]+) \| (.+) \| ([\d.]+) \| (.+) \|$", page)
-    assert len(lines) == 14
+    assert len(lines) == 16
     language = defaultdict(list)
     for task, *cells in lines:
         columns = itertools.product(("lamo", "dt"), ("train_loss", "held_out_loss"))
@@ -397,7 +416,7 @@ def test_the_demo_has_the_settings_of_the_comparison():
                 continue
             config, _ = lamo.configure({"env": env, "demo": True, "method": method})
             assert (config.lr, config.dropout) == (float(rate), float(dropout))
-            assert config.lora_rank == (0 if method == "dt" else 16)
+            assert config.lora_rank == (16 if method == "lamo" else 0)
             if method == "lamo":
                 assert config.lora_dropout == float(dropout)
 
