@@ -519,10 +519,10 @@ def main(arguments):
         nargs="+",
         help="target returns (-1000, not -1e3); default: the run's",
     )
-    add("--episodes", type=lamo.COUNT, help="episodes per target; default: the run's")
+    add("--episodes", type=lamo.EPISODES, help="episodes per target; default: the run's")
     add(
         "--seed",
-        type=lamo.COUNT_OR_ZERO,
+        type=lamo.number(int, 0, 1e15),
         help="environment's seed of the first episode; default: 10,000 times the run's seed",
     )
     add("--env", help="environment to evaluate in, ID or module:ID; default: the run's")

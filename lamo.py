@@ -156,6 +156,7 @@ def number(kind, low, high=math.inf):
 
 COUNT = number(int, 1)
 COUNT_OR_ZERO = number(int, 0)
+EPISODES = number(int, 1, 10_000)
 AMOUNT = number(float, 0, 1e9)
 SHARE = number(float, 0, 1)
 TARGET = number(float, -1e9, 1e9)
@@ -230,7 +231,7 @@ class Config:
     targets: list[float] | None = option(
         None, "target returns (-1000, not -1e3); default: the task's", type=TARGET, nargs="+"
     )
-    episodes: int = option(20, "episodes per target", type=number(int, 1, 10_000))
+    episodes: int = option(20, "episodes per target", type=EPISODES)
     max_steps: int | None = option(
         None,
         "longest episode of an evaluation; default: the environment's, or the data's",
@@ -988,10 +989,13 @@ class Recorder:
         self.writes = rank_and_world()[0] == 0
         if not self.writes:
             return
-        path = out / "log.jsonl"
+        self.path = out / "log.jsonl"
+        self.size = checkpoint["log_size"] if checkpoint else 0  # bytes that this process knows of
         if checkpoint:
-            os.truncate(path, checkpoint["log_size"])  # forget what came after the checkpoint
-        self.file = open(path, "a")
+            if self.path.stat().st_size < self.size:
+                raise InputError(f"{self.path} has lost lines; start again, with another --out")
+            os.truncate(self.path, self.size)  # forget what came after the checkpoint
+        self.file = open(self.path, "a", newline="\n")  # on Windows, too
         if not checkpoint:
             self.log(header)
 
@@ -999,7 +1003,10 @@ class Recorder:
         """Write a dict as a line of log.jsonl."""
         if not self.writes:
             return
-        print(json.dumps(values), file=self.file, flush=True)
+        line = json.dumps(values) + "\n"
+        self.file.write(line)
+        self.file.flush()
+        self.size += len(line)  # JSON is ASCII
 
     def add(self, losses):
         """Keep the losses of a step, which may still be on the device."""
@@ -1050,7 +1057,12 @@ class Recorder:
         self.read_losses(step)
         state = {"optimizer": optimizer.state_dict(), "step": step, "losses": self.losses}
         if self.writes:
-            state["log_size"] = self.file.tell()
+            if self.path.stat().st_size != self.size:
+                raise InputError(
+                    f"another process writes to {self.out}, too; stop it, then --resume"
+                )
+            os.fsync(self.file.fileno())
+            state["log_size"] = self.size
             write_checkpoint(self.out / "checkpoint.pt", model, self.header, state)
         self.saved_step, self.saved_at = step, time.perf_counter()
 
@@ -1101,7 +1113,8 @@ def on_error(advice):
     except InputError:
         raise
     except Exception as error:  # the libraries around us raise many kinds
-        while error.__cause__:
+        # Gymnasium's DependencyNotInstalled says what to install, its cause does not.
+        while error.__cause__ and not isinstance(error, gym.error.DependencyNotInstalled):
             error = error.__cause__
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, LocalEntryNotFoundError):
@@ -1759,7 +1772,7 @@ def configure(given):
 
     # Under torchrun, only --demo takes the demo: processes might disagree about the hub.
     reason = None
-    if config.demo or rank_and_world()[1] == 1:
+    if config.demo or not dist.is_initialized():
         reason = demo.reason(given, lambda: fetch(config))
     if reason:
         settings = demo.settings(env, method)
@@ -1867,7 +1880,7 @@ def run_command(main, program):
         signal.signal(signum, lambda *_: sys.exit(1))
     try:
         main(sys.argv[1:])
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         stream = sys.stderr if rank_and_world()[0] == 0 else sys.__stderr__
         print(f"{program}: error: {error}", file=stream)
         sys.exit(2)

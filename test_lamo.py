@@ -1435,6 +1435,52 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     assert timeless_log(tmp_path / "run") == timeless_log(tmp_path / "whole")
 
 
+def test_two_processes_do_not_mix_their_logs(tmp_path, monkeypatch):
+    """A run is resumed while it still goes on."""
+    monkeypatch.setattr(lamo, "LOG_EVERY", 2)
+    out, save, saved = tmp_path / "run", lamo.write_checkpoint, []
+
+    def resume(path, model, header, state):
+        saved.append(state["step"])
+        save(path, model, header, state)
+        if len(saved) == 2:  # another process logs two steps, and evaluates
+            run = hopper_run(out)
+            run["model"].load_state_dict(lamo.read_checkpoint(out)["weights"])
+            lamo.train(**run, checkpoint=lamo.read_checkpoint(out))
+
+    monkeypatch.setattr(lamo, "write_checkpoint", resume)
+    with pytest.raises(InputError, match="another process writes to .*; stop it, then --resume"):
+        lamo.train(**hopper_run(out))
+    assert saved == [0, 3, 3, 6, 7]  # the last three by the second process
+
+
+def test_a_log_that_lost_lines_is_not_filled_up(tmp_path):
+    run = hopper_run(tmp_path / "run")
+    lamo.train(**run)
+    log = run["out"] / "log.jsonl"
+    kept = log.read_bytes()[:200]
+    log.write_bytes(kept)
+    with pytest.raises(InputError, match="log.jsonl has lost lines; start again"):
+        lamo.train(**run, checkpoint=lamo.read_checkpoint(run["out"]))
+    assert log.read_bytes() == kept
+
+
+def test_what_is_not_installed_is_named_with_its_remedy():
+    error = gym.error.DependencyNotInstalled('run `pip install "gymnasium[classic-control]"`')
+    with pytest.raises(InputError, match=r"cannot render it \(run .*classic-control"):
+        with lamo.on_error("cannot render it"):
+            raise error from ModuleNotFoundError("No module named 'pygame'")
+
+
+def test_too_little_memory_ends_in_one_line(capsys):
+    def main(_):
+        np.empty(10**15)
+
+    with pytest.raises(SystemExit, match="2"):
+        lamo.run_command(main, "lamo.py")
+    assert capsys.readouterr().err.startswith("lamo.py: error: Unable to allocate")
+
+
 def test_a_signal_lets_the_step_finish_and_a_second_one_does_not(tmp_path, monkeypatch):
     handlers, run, draw = {}, hopper_run(tmp_path / "run", eval_every=100), lamo.draw
     monkeypatch.setattr(lamo.signal, "signal", handlers.__setitem__)
@@ -3071,7 +3117,9 @@ BAD_EVALUATIONS = [
     ("{bad}/altered", "checkpoint.pt"),
     ("{bad}/other-lm", "language model is not the one"),
     ("{run} --seed -1", "--seed"),
+    ("{run} --seed 99999999999999999999", "--seed"),
     ("{run} --episodes 0", "--episodes"),
+    ("{run} --episodes 1000000000", "--episodes"),
     ("{run} --video out.avi", "must end in .gif or .mp4"),
     ("{run} --video {bad}/no/out.gif", "in a folder that does not exist"),
     ("{run} --targets x", "--targets"),
@@ -3398,8 +3446,9 @@ def test_without_the_hub_the_demo_is_taken(monkeypatch):
     assert (
         not config.demo and config.steps == 100_000 and config.data == lamo.TASKS["reacher2d"].data
     )
-    monkeypatch.setattr(lamo, "rank_and_world", lambda: (1, 2))
-    assert not lamo.configure({})[0].demo  # torchrun's processes could disagree
+    monkeypatch.setattr(lamo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(lamo, "rank_and_world", lambda: (0, 1))
+    assert not lamo.configure({})[0].demo  # several processes of torchrun could disagree
 
 
 def test_both_files_of_a_dataset_are_of_one_commit(tmp_path, monkeypatch):

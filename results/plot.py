@@ -68,13 +68,16 @@ def read_run(folder):
     """Return the config of a run, as a dict, and the best target's score at each evaluation."""
     header, *lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
     evaluations = {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
+    if header["config"]["env"] == "none":
+        raise ValueError(f"{folder} has no evaluations: it was trained with --env none")
     if header["config"]["steps"] not in evaluations:
         raise ValueError(f"{folder} has not ended")
     config = asdict(lamo.Config()) | header["config"]  # a log may be older than an option
     curve = {}
     for step, scores in evaluations.items():
         _, best = best_target(scores)
-        curve[step] = best["score"]
+        if best:  # not every episode failed
+            curve[step] = best["score"]
     return config, curve
 
 
@@ -100,7 +103,7 @@ def label_runs(configs):
             task += " (demo)"
 
         ignored = {"method", "seed", "out", "device", "demo", *task_settings}
-        if not config["env"]:
+        if config["env"] not in lamo.TASKS:
             ignored.add("targets")  # they come from the trajectories that the seed drew
         same = ["method", *task_settings]
         alike = [other for other in configs if all(other[key] == config[key] for key in same)]

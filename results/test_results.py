@@ -631,10 +631,29 @@ def test_plot_tells_datasets_apart_but_not_seeds():
         ("hopper 100% (demo)", "lamo"),
     ]
     seeds = [
-        base | {"env": None, "data": "ant", "seed": seed, "targets": [10 * seed, 5 * seed]}
+        base | {"env": env, "data": "ant", "seed": seed, "targets": [10 * seed, 5 * seed]}
+        for env in (None, "mine:Ant-v0")
         for seed in (1, 2)
     ]
-    assert plot.label_runs(seeds) == [("ant 100%", "lamo")] * 2
+    labels = [("ant 100%", "lamo")] * 2 + [("mine:Ant-v0 100%", "lamo")] * 2
+    assert plot.label_runs(seeds) == labels
+
+
+def test_plot_takes_what_was_evaluated(tmp_path):
+    good = {"800": {"return_mean": 5.0, "score": 1.0}}
+    failed = {"800": {"return_mean": None, "score": None}}
+
+    def read_run(env, evaluations):
+        log = [{"config": {"env": env, "steps": 2}}]
+        log += [{"step": step, "evaluation": scores} for step, scores in evaluations.items()]
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+        return plot.read_run(tmp_path)[1]
+
+    assert read_run("hopper", {1: failed, 2: good}) == {2: 1.0}
+    with pytest.raises(ValueError, match="has not ended"):
+        read_run("hopper", {1: good})
+    with pytest.raises(ValueError, match="it was trained with --env none"):
+        read_run("none", {})
 
 
 @pytest.mark.slow
