@@ -155,7 +155,7 @@ def with_dropout(task, method, dropout):
 def controls():
     """Return runs on 3 % of hopper with LaMo's rate and dropout, whatever the method chose, by name."""
     return {
-        f"{method}, dropout 0.1": [
+        f"{method}, LaMo's setting": [
             *with_dropout("hopper 3%", method, "0.1")[:3],  # the seeds of the longer runs
             *with_dropout("hopper 3%, longer", method, "0.1"),
         ]

@@ -43,7 +43,6 @@ NAMES = {
     "lamo": "LaMo",
     "dt": "DT",
     "dt, mlp embedders": "DT, MLP embedders",
-    "dt, dropout 0.1": "DT, dropout 0.1",
     "wiki-rl": "Wiki-RL",
     "bc": "BC",
     "best-bc": "BC, best tenth",
@@ -60,7 +59,10 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
-LONGER = ["lamo", "dt", *TRAINED, *DT_WITH_MLPS, *controls()]  # the methods that train for longer
+LONGER = {  # the methods that train for longer, by the name of their table and picture
+    "longer": ["lamo", "dt", *TRAINED, *DT_WITH_MLPS],
+    "controls": ["lamo", *controls()],
+}
 
 
 def read_table():
@@ -95,6 +97,7 @@ def column(runs, name):
 
 
 def name_of(method):
+    method = method.removesuffix(", LaMo's setting")  # what has it is shown by itself
     return NAMES.get(method, method)
 
 
@@ -314,7 +317,7 @@ def longer_lines(table, task, methods):
     return markdown(rows)
 
 
-def draw_longer(table, tasks, path):
+def draw_longer(table, tasks, methods, path):
     """Draw what longer training does: a line of panels for each task, a panel for each measure."""
     size = 3 * len(MEASURES), 2.8 * len(tasks)
     figure, panels = plt.subplots(
@@ -322,7 +325,7 @@ def draw_longer(table, tasks, path):
     )
     for task, line in zip(tasks, panels):
         for (measure, title), axes in zip(MEASURES.items(), line):
-            for method, style in zip(LONGER, itertools.cycle(STYLES)):
+            for method, style in zip(methods, itertools.cycle(STYLES)):
                 runs = curves(table, task, method, measure)
                 if runs:
                     draw_curve(axes, runs, style | {"label": name_of(method)})
@@ -350,13 +353,14 @@ def main():
             tables[name] = returns_lines(table, tasks, methods)
             tables[name] += ["", *scores_lines(table, tasks, methods)]
             draw(table, tasks, methods, HERE / f"{name}.png")
-    longer = {}
-    for task in TASKS:
-        methods = [method for method in LONGER if (task, method) in table]
-        if "longer" in task and len(methods) > 1:
-            longer[task] = [*longer_lines(table, task, methods), ""]
-    tables["longer"] = [*itertools.chain(*longer.values())]
-    draw_longer(table, longer, HERE / "longer.png")
+    for name, methods in LONGER.items():
+        longer = {}
+        for task in TASKS:
+            ours = [method for method in methods if (task, method) in table]
+            if "longer" in task and len(ours) > 1:
+                longer[task] = [*longer_lines(table, task, ours), ""]
+        tables[name] = [*itertools.chain(*longer.values())]
+        draw_longer(table, longer, methods, HERE / f"{name}.png")
 
     page = (HERE / "README.md").read_text()
     for name, lines in tables.items():

@@ -228,29 +228,32 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
         "language loss, docstrings": "documents_loss_after",
     }
     rows = list(csv.DictReader((HERE / "results" / "runs.csv").open()))
-    tables = re.findall(r"(?m)^\| (.*, longer) \| (.*) \|\n.*((?:\n\|.*)+)", page)
-    assert tables
-    for task, methods, body in tables:
-        lines = re.findall(r"(?m)^\| (.*), (run of )?([\d,]+) steps \| (.*) \|$", body)
-        shorter = task.removesuffix(", longer")
-        assert len(lines) == (4 if shorter in make.TASKS else 3) * len(columns)
-        for title, is_shorter, step, cells in lines:
-            for name, cell in zip(methods.lower().split(" | "), cells.split(" | "), strict=True):
-                method, _, dropout = name.partition(", dropout ")
-                setting = ("1e-2", dropout) if dropout else settings[method, make.DOMAIN[task]]
-                numbers = {
-                    row["seed"]: row[columns[title]]
-                    for row in rows
-                    if (row["task"], row["method"]) == (shorter if is_shorter else task, method)
-                    and row["seed"] in "012"
-                    and rate_and_dropout(row) == setting
-                    and row["step"] == step.replace(",", "")
-                }
-                if cell == "–":
-                    assert not any(numbers.values())
-                else:
-                    assert sorted(numbers) == list("012")
-                    check_spread(cell, [*map(float, numbers.values())])
+    setting_of_lamo = settings["lamo", "locomotion"]
+    for of_controls, part in enumerate(page.split("<!-- controls -->")):
+        tables = re.findall(r"(?m)^\| (.*, longer) \| (.*) \|\n.*((?:\n\|.*)+)", part)
+        assert len(tables) == (1 if of_controls else 2)
+        for task, methods, body in tables:
+            lines = re.findall(r"(?m)^\| (.*), (run of )?([\d,]+) steps \| (.*) \|$", body)
+            shorter = task.removesuffix(", longer")
+            assert len(lines) == (4 if shorter in make.TASKS else 3) * len(columns)
+            methods = methods.lower().split(" | ")
+            for title, is_shorter, step, cells in lines:
+                for method, cell in zip(methods, cells.split(" | "), strict=True):
+                    tuned = setting_of_lamo if of_controls else settings[method, make.DOMAIN[task]]
+                    numbers = {
+                        row["seed"]: row[columns[title]]
+                        for row in rows
+                        if row["task"] == (shorter if is_shorter else task)
+                        and row["method"] == method
+                        and row["seed"] in "012"
+                        and rate_and_dropout(row) == tuned
+                        and row["step"] == step.replace(",", "")
+                    }
+                    if cell == "–":
+                        assert not any(numbers.values())
+                    else:
+                        assert sorted(numbers) == list("012")
+                        check_spread(cell, [*map(float, numbers.values())])
 
 
 def test_the_text_on_less_data_says_what_the_runs_do():
