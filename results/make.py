@@ -14,9 +14,10 @@ The protocol, written down before the runs that it is about:
 - Runs that are ten times as long have the first three seeds. So have the methods of
   results/baselines.py, whose settings are not tuned.
 
-Two sets of controls were added after the first results. In locomotion, LaMo and DT also run with
-the dropout that the other chose. On 3 % of hopper, DT and variants of LaMo also run with LaMo's
-rate and dropout, for 1,000 and 10,000 steps.
+Some runs were added after the first results. In locomotion, LaMo and DT also run with the dropout
+that the other chose. On 3 % of hopper, DT and variants of LaMo also run with LaMo's rate and
+dropout, for 1,000 and 10,000 steps. On reacher2d, DT also runs with MLPs, which is tuned as all are.
+And some of DT's runs are older than the protocol; README.md says which.
 
 A run that has its rows is not run again. Two runs go on at a time, with one thread each.
 """
@@ -152,10 +153,13 @@ def with_dropout(task, method, dropout):
     return [(task, method, options, seed) for seed in seeds_of(task, method)]
 
 
+OF_LAMO = ", LaMo's setting"  # ends the names of the controls
+
+
 def controls():
     """Return runs on 3 % of hopper with LaMo's rate and dropout, whatever the method chose, by name."""
     return {
-        f"{method}, LaMo's setting": [
+        f"{method}{OF_LAMO}": [
             *with_dropout("hopper 3%", method, "0.1")[:3],  # the seeds of the longer runs
             *with_dropout("hopper 3%, longer", method, "0.1"),
         ]

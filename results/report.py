@@ -25,6 +25,7 @@ from results.make import (
     LESS_KITCHEN,
     LOCOMOTION,
     METHODS,
+    OF_LAMO,
     OTHER_TASKS,
     SIX,
     TASKS,
@@ -43,6 +44,7 @@ NAMES = {
     "lamo": "LaMo",
     "dt": "DT",
     "dt, mlp embedders": "DT, MLP embedders",
+    f"dt{OF_LAMO}": f"DT{OF_LAMO}",
     "wiki-rl": "Wiki-RL",
     "bc": "BC",
     "best-bc": "BC, best tenth",
@@ -59,6 +61,8 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
+# How a method is drawn, in all pictures. No picture has both baselines and variants of LaMo.
+STYLE = dict(zip([*METHODS, *BASELINES], [*STYLES, *STYLES[3:]]))
 LONGER = {  # the methods that train for longer, by the name of their table and picture
     "longer": ["lamo", "dt", *TRAINED, *DT_WITH_MLPS],
     "controls": ["lamo", *controls()],
@@ -97,8 +101,14 @@ def column(runs, name):
 
 
 def name_of(method):
-    method = method.removesuffix(", LaMo's setting")  # what has it is shown by itself
     return NAMES.get(method, method)
+
+
+def same_seeds(table, tasks, methods):
+    """Return the runs of each (task, method), with as many seeds as all methods have."""
+    pairs = [*itertools.product(tasks, methods)]
+    count = min(len(table[pair]) for pair in pairs)
+    return {pair: table[pair][:count] for pair in pairs}
 
 
 def format_spread(numbers, digits):
@@ -140,7 +150,8 @@ def returns_lines(table, tasks, methods):
     first = methods[0]
     others = methods[1:] if len(tasks) > 1 else []
     rows = [["return", *map(name_of, methods)]]
-    rows[0] += [f"{name_of(other)} minus {name_of(first)}, score" for other in others]
+    for other in others:
+        rows[0] += [f"{name_of(other)} minus {name_of(first)}, score", "over all targets"]
     for task in tasks:
         row = [task]
         for method in methods:
@@ -148,8 +159,9 @@ def returns_lines(table, tasks, methods):
             over_targets = column(table[task, method], "mean_return").mean()
             digits = 0 if returns.mean() > 100 else 1 if returns.mean() > 10 else 2
             row.append(f"{format_spread(returns, digits)} ({over_targets:.{digits}f})")
-        scores = {method: [column(table[task, method], "best_score")] for method in methods}
-        row += [format_difference(difference(scores[first], scores[other])) for other in others]
+        for other, name in itertools.product(others, ("best_score", "mean_score")):
+            ours, theirs = ([column(table[task, method], name)] for method in (first, other))
+            row.append(format_difference(difference(ours, theirs)))
         rows.append(row)
     if len(methods) > len(tasks):
         rows = list(zip(*rows))  # rather long than wide
@@ -206,7 +218,7 @@ def difference(ours, theirs):
     true difference that such an interval excludes zero for with a probability of 80 %. Only seeds
     are independent: from task to task, a seed has the same random draws, and often trajectories.
     """
-    pairs = [second - first[: len(second)] for first, second in zip(ours, theirs)]
+    pairs = [second - first for first, second in zip(ours, theirs)]
     by_seed = np.mean(pairs, axis=0)
     middle, error = by_seed.mean(), stats.sem(by_seed)
     half, power = stats.t.ppf([0.975, 0.8], len(by_seed) - 1)
@@ -258,7 +270,8 @@ def draw(table, tasks, methods, path):
     how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, panels = plt.subplots(lines, columns, figsize=size, **how)
     for axes, group in zip(panels.flat, groups):
-        for row, (method, style) in enumerate(zip(methods, itertools.cycle(STYLES))):
+        for row, method in enumerate(methods):
+            style = STYLE[method]
             scores = [column(table[task, method], "best_score") for task in group]
             _, low, high = draw_interval(axes, scores, -row, style)
             if row == 0:
@@ -325,10 +338,18 @@ def draw_longer(table, tasks, methods, path):
     )
     for task, line in zip(tasks, panels):
         for (measure, title), axes in zip(MEASURES.items(), line):
-            for method, style in zip(methods, itertools.cycle(STYLES)):
+            # Seeds have other trajectories, whose losses differ more than those of methods do.
+            relative = measure == "held_out_loss"
+            if relative:
+                title += ": change"
+            for method in methods:
                 runs = curves(table, task, method, measure)
-                if runs:
-                    draw_curve(axes, runs, style | {"label": name_of(method)})
+                if not runs:
+                    continue
+                if relative:
+                    runs = [{step: run[step] - run[1000] for step in run} for run in runs]
+                style = STYLE[method.removesuffix(OF_LAMO)]
+                draw_curve(axes, runs, style | {"label": name_of(method)})
             axes.set_title(f"{task.split(',')[0]}\n{title}", fontsize="medium")
             axes.set_xlabel("training steps")
             if measure == "train_loss":
@@ -350,9 +371,10 @@ def main():
         tasks, methods = complete(table, *comparison)
         if tasks and len(methods) > 1 and (tasks, methods) not in shown:
             shown.append((tasks, methods))
-            tables[name] = returns_lines(table, tasks, methods)
-            tables[name] += ["", *scores_lines(table, tasks, methods)]
-            draw(table, tasks, methods, HERE / f"{name}.png")
+            runs = same_seeds(table, tasks, methods)
+            tables[name] = returns_lines(runs, tasks, methods)
+            tables[name] += ["", *scores_lines(runs, tasks, methods)]
+            draw(runs, tasks, methods, HERE / f"{name}.png")
     for name, methods in LONGER.items():
         longer = {}
         for task in TASKS:

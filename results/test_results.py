@@ -137,11 +137,14 @@ def test_tables_are_those_of_the_runs():
         del table[1]
         if table[0][1] in make.TASKS:
             table = list(zip(*table))
-        methods = [name for name in table[0][1:] if " minus " not in name]
+        methods = [name for name in table[0][1:] if not re.search(" minus |over all", name)]
         tasks = [line[0] for line in table[1:]]
         runs = {
             method: [runs_of(rows, task, method, settings) for task in tasks] for method in methods
         }
+        seeds = "012" if "TD3+BC" in methods else "01234"
+        for of_tasks in runs.values():
+            of_tasks[:] = [{seed: results[seed] for seed in seeds} for results in of_tasks]
         for number, (_, *cells) in enumerate(table[1:]):
             for method, cell in zip(methods, cells):
                 results = runs[method][number].values()
@@ -153,10 +156,11 @@ def test_tables_are_those_of_the_runs():
                     over_targets, rel=0, abs=0.51 * 10**-digits
                 )
             differences = cells[len(methods) :]
-            assert len(differences) == (len(methods) - 1 if len(tasks) > 1 else 0)
-            for method, cell in zip(methods[1:], differences):
+            assert len(differences) == (2 * (len(methods) - 1) if len(tasks) > 1 else 0)
+            pairs = itertools.product(methods[1:], ("best_score", "mean_score"))
+            for (method, name), cell in zip(pairs, differences):
                 ours, theirs = runs[methods[0]][number], runs[method][number]
-                check_difference(cell, [ours], [theirs], "best_score")
+                check_difference(cell, [ours], [theirs], name)
 
         assert [line[0] for line in lines] == [*methods]
         for method, middle, *cells in lines:
@@ -238,7 +242,9 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
             assert len(lines) == (4 if shorter in make.TASKS else 3) * len(columns)
             methods = methods.lower().split(" | ")
             for title, is_shorter, step, cells in lines:
-                for method, cell in zip(methods, cells.split(" | "), strict=True):
+                for name, cell in zip(methods, cells.split(" | "), strict=True):
+                    method = name.removesuffix(make.OF_LAMO.lower())
+                    assert (method == name) == (not of_controls or method == "lamo")
                     tuned = setting_of_lamo if of_controls else settings[method, make.DOMAIN[task]]
                     numbers = {
                         row["seed"]: row[columns[title]]
@@ -334,14 +340,19 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     higher = of(frozen_random, "held_out_loss") - of(without_loss, "held_out_loss")
     assert "with each seed, by {:.4f}, {:.4f} and {:.4f}".format(*higher) in page
     fit = [of(method, "train_loss").mean() for method in (lamo_run, dt_run)]
-    assert "its loss on them ends at {:.4f}, DT's at {:.6f}".format(*fit) in page
+    fit.append(of(with_dropout, "train_loss").mean())
+    text = "its loss on them ends at {:.4f}, DT's at {:.6f}, with LaMo's dropout at {:.4f}"
+    assert text.format(*fit) in page
+    fit = [of(method, "train_loss", "1000").mean() for method in (frozen_random, lamo_run)]
+    assert "its loss on its own trajectories is {:.4f}, LaMo's {:.4f}".format(*fit) in page
 
     # The scores at the end
     for text, first, second, name in (
         ("DT minus LaMo: ", lamo_run, dt_run, "best_score"),
         ("random minus language model: ", all_trained, all_random, "best_score"),
         ("random minus LaMo: ", lamo_run, frozen_random, "best_score"),
-        ("Over all targets the second difference is ", all_trained, all_random, "mean_score"),
+        ("Over all targets the first difference is ", lamo_run, dt_run, "mean_score"),
+        (", the second ", all_trained, all_random, "mean_score"),
         (", the third ", lamo_run, frozen_random, "mean_score"),
     ):
         ours, theirs = of(first, name), of(second, name)
@@ -350,6 +361,128 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         [cell] = re.findall(rf"{text}([^()]+\([^()]+\))", page)
         pair = ([{str(seed): {name: x} for seed, x in enumerate(it)}] for it in (ours, theirs))
         check_difference(cell, *pair, name)
+
+
+def test_differences_in_the_text_are_those_of_the_runs():
+    page = " ".join((HERE / "results" / "README.md").read_text().split())
+    rows, settings = read_rows(""), read_settings()
+    kind = r"[-+]\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)"
+
+    def check(text, ours, theirs):
+        [cell] = re.findall(rf"{re.escape(text)} ({kind})", page)
+        check_difference(cell, ours, theirs, "best_score")
+
+    # Where each domain counts once, a seed's score is the mean over domains of the means over tasks.
+    tables = read_tables("README.md", "return")
+    scores = {"lamo": defaultdict(float), "dt": defaultdict(float)}
+    tasks = [line[0] for line in tables[0][2:]]
+    assert len(tasks) == 11
+    for method, task, seed in itertools.product(scores, tasks, "01234"):
+        in_domain = [other for other in tasks if make.DOMAIN[other] == make.DOMAIN[task]]
+        row = runs_of(rows, task, method, settings)[seed]
+        scores[method][seed] += float(row["best_score"]) / len(in_domain) / 3
+    lamo_scores, dt_scores = (
+        [{seed: {"best_score": score} for seed, score in scores[method].items()}]
+        for method in ("lamo", "dt")
+    )
+    check("If each domain counts once, DT minus LaMo is", lamo_scores, dt_scores)
+
+    # What dropout does to DT in locomotion
+    without, with_dropout = (
+        [
+            runs_of(rows, task, "dt", {("dt", "locomotion"): ("1e-2", dropout)})
+            for task in make.LOCOMOTION
+        ]
+        for dropout in ("0", "0.1")
+    )
+    check("DT with it minus DT without:", without, with_dropout)
+
+    # Between two that are not LaMo
+    for second, first in (
+        ("DT, MLP embedders", "DT"),
+        ("all trained", "Wiki-RL"),
+        ("no language loss", "random trunk"),
+    ):
+        of_first, of_second = (
+            [runs_of(rows, "reacher2d", name, settings)] for name in (first, second)
+        )
+        check(f"({second} minus {first}:", of_first, of_second)
+
+
+def test_returns_in_the_text_are_those_of_the_runs():
+    page = " ".join((HERE / "results" / "README.md").read_text().split())
+    rows = list(csv.DictReader((HERE / "results" / "runs.csv").open()))
+
+    def of(task, method, setting, seed, step="1000", name="best_return"):
+        [row] = [
+            row
+            for row in rows
+            if (row["task"], row["method"], row["seed"], row["step"])
+            == (task, method, str(seed), step)
+            and (rate_and_dropout(row) if row["options"] else None) == setting
+        ]
+        return float(row[name])
+
+    def tuning(task, method, rate, seeds=(100, 101), dropout="0.1"):
+        return [of(task, method, (rate, dropout), seed) for seed in seeds]
+
+    def no_dropout(task, method, rate):
+        return tuning(task, method, rate, dropout="0")
+
+    ours = [tuning("hopper 10%", "lamo", "3e-2", [100], dropout) for dropout in ("0", "0.1")]
+    text = "LaMo's best targets then have returns of {:.0f} and {:.0f} with seed 100"
+    assert text.format(*sorted(sum(ours, []), reverse=True)) in page
+    theirs = [tuning("hopper 10%", "dt", "3e-2", dropout=dropout) for dropout in ("0", "0.1")]
+    text = "DT's {:.0f} and {:.0f} with seed 100 but {:.0f} and {:.0f} with seed 101"
+    first, second = zip(*sorted(theirs))
+    assert text.format(*first, *second) in page
+    text = "tried 3e-2 ({:.2f} and {:.2f})"
+    linear = [
+        of("reacher2d", "linear embedders", ("3e-2", dropout), 100) for dropout in ("0", "0.1")
+    ]
+    assert text.format(*linear) in page
+    text = "(DT at 3e-4 with dropout: {:.0f} and {:.0f})"
+    assert text.format(*tuning("hopper 10%", "dt", "3e-4")) in page
+
+    text = "(hopper 10 %: {:.0f} and {:.0f}, DT {:.0f} and {:.0f}; the kitchen: {:.1f} and {:.1f},"
+    text += " DT {:.1f} and {:.2f}; reacher2d: {:.2f} and {:.2f}, DT {:.1f} and {:.1f})"
+    pairs = [
+        *tuning("hopper 10%", "lamo", "1e-2"), *no_dropout("hopper 10%", "dt", "1e-2"),
+        *tuning("kitchen-partial", "lamo", "3e-3"), *tuning("kitchen-partial", "dt", "3e-3"),
+        *no_dropout("reacher2d", "lamo", "3e-3"), *no_dropout("reacher2d", "dt", "1e-3"),
+    ]  # fmt: skip
+    assert text.format(*pairs) in page
+
+    losses = [
+        of("hopper 10%", method, ("3e-4", "0.1"), 100, name="held_out_loss")
+        for method in ("dt", "lamo")
+    ]
+    assert "with seed 100, it is {:.4f}, LaMo's {:.4f}".format(*losses) in page
+
+    def baseline(task, method, seed, start):
+        return [of(task, method, None, seed, step) for step in (start, "20000")]
+
+    bc = [*baseline("hopper 10%", "bc", 1, "15000"), *baseline("hopper 10%", "bc", 2, "15000")]
+    text = "from {:.0f} to {:.0f} with seed 1, and from {:.0f} to {:.0f} with seed 2"
+    assert text.format(*bc) in page
+    iql = [baseline("kitchen-partial", "iql", seed, "5000") for seed in (0, 2)]
+    text = (
+        "from {:.2f} after 5,000 steps to {:.2f} with seed 0, and from {:.2f} to {:.2f} with seed 2"
+    )
+    assert text.format(*sum(iql, [])) in page
+    td3_bc = [of("reacher2d", "td3-bc", None, seed, "20000") for seed in range(3)]
+    lamos = [of("reacher2d", "lamo", ("3e-3", "0"), seed) for seed in range(3)]
+    leads = [their - our for their, our in zip(td3_bc, lamos)]
+    assert f"{min(leads):.0f} to {max(leads):.0f} points above LaMo with the same seed" in page
+
+    at_the_end, settings = read_rows(""), read_settings()
+    tasks = [line[0] for line in read_tables("README.md", "return")[0][2:]]
+    leads = np.zeros(5)  # DT's over LaMo, by seed
+    for task, (method, sign) in itertools.product(tasks, (("dt", 1), ("lamo", -1))):
+        by_seed = runs_of(at_the_end, task, method, settings)
+        leads += sign * np.array([float(by_seed[seed]["best_score"]) for seed in "01234"])
+    text = "on the eleven is {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f}"
+    assert text.format(*leads / 11) in page
 
 
 def test_losses_in_the_page_are_those_of_the_runs():
