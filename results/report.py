@@ -330,6 +330,31 @@ def longer_lines(table, task, methods):
     return markdown(rows)
 
 
+def rises_lines(table, task):
+    """Return the lines of a table of how much the held-out loss rises to the end of longer training.
+
+    It is the rise of the mean over seeds, and in brackets that of each seed. A dash stands for what
+    was not measured.
+    """
+    rows = [["held-out loss after 10,000 steps", "since the end of a run of 1,000 steps"]]
+    rows[0].append("since step 1,000 of the same run")
+    for method in dict.fromkeys([*LONGER["longer"], *LONGER["controls"]]):
+        longer = curves(table, task, method, "held_out_loss")
+        if not longer:
+            continue
+        cells = []
+        for starts in curves(table, task.split(",")[0], method, "held_out_loss"), longer:
+            if not starts:
+                cells.append("–")
+                continue
+            last = np.array([run[10000] for run in longer])
+            first = np.array([run[1000] for run in starts[: len(longer)]])
+            by_seed = ", ".join(f"{round(100 * rise)}" for rise in last / first - 1)
+            cells.append(f"{100 * (last.mean() / first.mean() - 1):+.0f} % ({by_seed})")
+        rows.append([name_of(method), *cells])
+    return markdown(rows)
+
+
 def draw_longer(table, tasks, methods, path):
     """Draw what longer training does: a line of panels for each task, a panel for each measure."""
     size = 3 * len(MEASURES), 2.8 * len(tasks)
@@ -366,6 +391,7 @@ def main():
     table = read_table()
     tables = {"settings": settings_lines(table), "losses": losses_lines(table)}
     tables["dropout"] = dropout_lines()
+    tables["rises"] = rises_lines(table, "hopper 3%, longer")
     shown = []
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)

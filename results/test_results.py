@@ -283,82 +283,74 @@ def test_the_text_on_less_data_says_what_the_runs_do():
 
 def test_the_text_on_longer_training_says_what_the_runs_do():
     page = " ".join((HERE / "results" / "README.md").read_text().split())
-    values = defaultdict(list)  # one for each seed
-    rows = csv.DictReader((HERE / "results" / "runs.csv").open())
-    for row in sorted(rows, key=lambda row: int(row["seed"])):
-        ours = row["task"].startswith("hopper 3%") and row["seed"] in "012"
-        if ours and rate_and_dropout(row)[0] == "1e-2":
+    settings, lamos_setting = read_settings(), ("1e-2", "0.1")
+    values = defaultdict(dict)  # by seed
+    for row in csv.DictReader((HERE / "results" / "runs.csv").open()):
+        if row["task"].startswith("hopper 3%") and row["seed"] in "012":
             for name in ("best_score", "mean_score", "train_loss", "held_out_loss"):
-                key = row["task"], row["method"], rate_and_dropout(row)[1], name, row["step"]
-                values[key] += [float(row[name])] if row[name] else []
+                key = row["task"], row["method"], rate_and_dropout(row), row["step"], name
+                values[key][row["seed"]] = row[name]
 
     def of(method, name, step="10000", task="hopper 3%, longer"):
-        found = values[task, *method, name, step]
-        assert len(found) == 3
-        return np.array(found)
+        """A column of a method, or of a (method, setting), by seed."""
+        if isinstance(method, str):
+            method = method, settings[method, "locomotion"]
+        found = values[task, *method, step, name]
+        assert sorted(found) == [*"012"]
+        return np.array([float(found[seed]) for seed in "012"])
 
-    def rise(method, first):
-        """By how much the held-out loss rises to the end of a longer run, in %: the mean, and by seed."""
+    # By how much the held-out loss rises
+    [[_, _, *lines]] = read_tables("README.md", "held-out loss after 10,000 steps")
+    assert len(lines) == 9
+    for name, *cells in lines:
+        method = name.lower().removesuffix(make.OF_LAMO.lower())
+        if name.endswith(make.OF_LAMO):
+            method = method, lamos_setting
         last = of(method, "held_out_loss")
-        changes = 100 * (last.mean() / first.mean() - 1), *100 * (last / first - 1)
-        return [round(change) for change in changes]
+        for task, cell in zip(("hopper 3%", "hopper 3%, longer"), cells, strict=True):
+            if cell == "–":
+                assert method == ("dt", lamos_setting) and task == "hopper 3%"
+                continue
+            first = of(method, "held_out_loss", "1000", task)
+            rise, by_seed = 100 * (last.mean() / first.mean() - 1), 100 * (last / first - 1)
+            assert cell == "{:+.0f} % ({}, {}, {})".format(rise, *map(round, by_seed))
+            in_text = f"by {abs(rise):.0f} %"
+            if task == "hopper 3%" and isinstance(method, str):
+                assert in_text in page.split("**Whose held-out")[1].split("**Early")[0]
 
-    lamo_run, dt_run, with_dropout = ("lamo", "0.1"), ("dt", "0"), ("dt", "0.1")
-    names = "all trained", "random trunk, all trained", "random trunk", "no language loss"
-    all_trained, all_random, frozen_random, without_loss = ((name, "0.1") for name in names)
-
-    # From the end of a run of 1,000 steps
-    of_lamo, of_dt = (
-        rise(method, of(method, "held_out_loss", "1000", "hopper 3%"))
-        for method in (lamo_run, dt_run)
+    tuned = "all trained", "random trunk, all trained", "dt", "lamo"
+    text = "ends at {:.4f}, and LaMo's at {:.4f}"
+    assert text.format(*(of(name, "held_out_loss").mean() for name in (tuned[0], "lamo"))) in page
+    text = "the random trunk's is {:.4f}, the language model's {:.4f}, and LaMo's {:.4f}"
+    early = (
+        of(name, "held_out_loss", "1000", "hopper 3%").mean() for name in (*tuned[1::-1], "lamo")
     )
-    text = f"rises by {of_dt[0]} % for DT, with each of the three seeds, and by {of_lamo[0]} % for LaMo"
-    assert f"{text} (by seed {of_lamo[1]}, {of_lamo[2]} and {of_lamo[3]} %)" in page
-    assert min(of_dt) > 0
-
-    # Within the longer runs
-    within = {
-        method: rise(method, of(method, "held_out_loss", "1000"))
-        for method in (lamo_run, dt_run, with_dropout, *((name, "0.1") for name in names))
-    }
-    text = f"rises by {within[dt_run][0]} % for DT and falls by {-within[lamo_run][0]} % for LaMo"
-    assert f"{text}, each time with every seed" in page
-    assert min(within[dt_run]) > 0 > max(within[lamo_run])
-    assert f"rises by {within[with_dropout][0]} % for DT: dropout" in page
-    assert f"rises by {within[all_random][0]} % for a random trunk with all weights" in page
-    assert f"rises by {within[all_trained][0]} % for LaMo with all weights trained" in page
-    assert sum(change < 0 for change in within[all_trained][1:]) == 1
-    ends = [of(method, "held_out_loss").mean() for method in (all_trained, lamo_run)]
-    assert "it ends at {:.4f}, LaMo's at {:.4f}".format(*ends) in page
-    for method, text, risen in (
-        (frozen_random, "for LaMo on a frozen random trunk, and ends at", 0),
-        (without_loss, "for LaMo without its language loss, and ends at", 1),
-    ):
-        end = of(method, "held_out_loss").mean()
-        assert f"falls by {-within[method][0]} % {text} {end:.4f}" in page
-        assert sum(change > 0 for change in within[method][1:]) == risen
-    higher = of(frozen_random, "held_out_loss") - of(without_loss, "held_out_loss")
+    assert text.format(*early) in page
+    alike, frozen = [(name, lamos_setting) for name in tuned[:2]], ("random trunk", lamos_setting)
+    without_loss = "no language loss", lamos_setting
+    higher = of(frozen, "held_out_loss") - of(without_loss, "held_out_loss")
     assert "with each seed, by {:.4f}, {:.4f} and {:.4f}".format(*higher) in page
-    fit = [of(method, "train_loss").mean() for method in (lamo_run, dt_run)]
-    fit.append(of(with_dropout, "train_loss").mean())
+    fit = [of(name, "train_loss").mean() for name in ("lamo", "dt", ("dt", lamos_setting))]
     text = "its loss on them ends at {:.4f}, DT's at {:.6f}, with LaMo's dropout at {:.4f}"
     assert text.format(*fit) in page
-    fit = [of(method, "train_loss", "1000").mean() for method in (frozen_random, lamo_run)]
+    fit = [of(name, "train_loss", "1000").mean() for name in (frozen, "lamo")]
     assert "its loss on its own trajectories is {:.4f}, LaMo's {:.4f}".format(*fit) in page
 
     # The scores at the end
     for text, first, second, name in (
-        ("DT minus LaMo: ", lamo_run, dt_run, "best_score"),
-        ("random minus language model: ", all_trained, all_random, "best_score"),
-        ("random minus LaMo: ", lamo_run, frozen_random, "best_score"),
-        ("Over all targets the first difference is ", lamo_run, dt_run, "mean_score"),
-        (", the second ", all_trained, all_random, "mean_score"),
-        (", the third ", lamo_run, frozen_random, "mean_score"),
+        ("DT minus LaMo: ", "lamo", "dt", "best_score"),
+        ("random minus language model: ", *tuned[:2], "best_score"),
+        ("both with LaMo's setting: ", *alike, "best_score"),
+        ("frozen random trunk minus LaMo: ", "lamo", frozen, "best_score"),
+        ("Over all targets the first difference is ", "lamo", "dt", "mean_score"),
+        (", the second ", *tuned[:2], "mean_score"),
+        (", the third ", *alike, "mean_score"),
+        (", the last ", "lamo", frozen, "mean_score"),
     ):
         ours, theirs = of(first, name), of(second, name)
         if name == "best_score":
             assert "by {:.1f}, {:.1f} and {:.1f} points ({}".format(*ours - theirs, text) in page
-        [cell] = re.findall(rf"{text}([^()]+\([^()]+\))", page)
+        [cell] = re.findall(rf"{text}([-+][^()]+\([^()]+\))", page)
         pair = ([{str(seed): {name: x} for seed, x in enumerate(it)}] for it in (ours, theirs))
         check_difference(cell, *pair, name)
 
