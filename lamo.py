@@ -1174,7 +1174,7 @@ def load_causal_lm(name):
     with on_error(f"{advice}; check the name and the network; lamo.py --demo needs no network"):
         config = from_transformers("AutoConfig", name)
     with on_error(f"cannot load --lm {name}; if it is damaged, get it again"):
-        if config.is_encoder_decoder:
+        if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
             raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder-only model")
         model, problems = from_transformers("AutoModelForCausalLM", name, output_loading_info=True)
     if problems["missing_keys"]:

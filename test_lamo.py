@@ -2876,7 +2876,7 @@ def bad(tmp_path_factory, lm_folder, trained):
     settings = {
         "wide": {"n_embd": 64}, "untied": {"tie_word_embeddings": False}, "few-words": {"vocab_size": 100},
         "remote": {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}},
-        "unknown": {"model_type": "mine"},
+        "unknown": {"model_type": "mine"}, "decoder": {"add_cross_attention": True},
     }  # fmt: skip
     small = {"vocab_size": 300, "max_position_embeddings": 64}
     bert = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **small)
@@ -3082,6 +3082,7 @@ BAD_OPTIONS = [
     ("--lm {bad}/bert", "is a bert, which is not causal"),
     ("--lm {bad}/state-space", "LoRA finds none of q_proj"),
     ("--lm {bad}/bart", "bart has an encoder"),
+    ("--lm {bad}/decoder", "gpt2 has an encoder"),
     ("--lm {bad}/remote", "custom code|trust_remote_code"),
     ("--lm {bad}/unknown", "cannot find a language model"),
     ("--lm {bad}/wide", "cannot load --lm"),
