@@ -990,11 +990,11 @@ class Recorder:
         if not self.writes:
             return
         self.path = out / "log.jsonl"
-        self.size = checkpoint["log_size"] if checkpoint else 0  # bytes that this process knows of
+        self.log_size = checkpoint["log_size"] if checkpoint else 0  # bytes, as written here
         if checkpoint:
-            if self.path.stat().st_size < self.size:
+            if self.path.stat().st_size < self.log_size:
                 raise InputError(f"{self.path} has lost lines; start again, with another --out")
-            os.truncate(self.path, self.size)  # forget what came after the checkpoint
+            os.truncate(self.path, self.log_size)  # forget what came after the checkpoint
         self.file = open(self.path, "a", newline="\n")  # on Windows, too
         if not checkpoint:
             self.log(header)
@@ -1006,7 +1006,7 @@ class Recorder:
         line = json.dumps(values) + "\n"
         self.file.write(line)
         self.file.flush()
-        self.size += len(line)  # JSON is ASCII
+        self.log_size += len(line)  # JSON is ASCII
 
     def add(self, losses):
         """Keep the losses of a step, which may still be on the device."""
@@ -1057,12 +1057,12 @@ class Recorder:
         self.read_losses(step)
         state = {"optimizer": optimizer.state_dict(), "step": step, "losses": self.losses}
         if self.writes:
-            if self.path.stat().st_size != self.size:
+            if self.path.stat().st_size != self.log_size:
                 raise InputError(
                     f"another process writes to {self.out}, too; stop it, then --resume"
                 )
             os.fsync(self.file.fileno())
-            state["log_size"] = self.size
+            state["log_size"] = self.log_size
             write_checkpoint(self.out / "checkpoint.pt", model, self.header, state)
         self.saved_step, self.saved_at = step, time.perf_counter()
 

@@ -1465,6 +1465,20 @@ def test_a_log_that_lost_lines_is_not_filled_up(tmp_path):
     assert log.read_bytes() == kept
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(tmp_path, monkeypatch):
+    run, synced, sync = hopper_run(tmp_path / "run"), [], os.fsync
+
+    def remember(descriptor):
+        sync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    lamo.train(**run)
+    log = (run["out"] / "log.jsonl").stat().st_ino
+    saves = 4  # after 0, 3, 6 and 7 steps
+    assert len(synced) == 2 * saves and synced[::2] == saves * [log] and log not in synced[1::2]
+
+
 def test_what_is_not_installed_is_named_with_its_remedy():
     error = gym.error.DependencyNotInstalled('run `pip install "gymnasium[classic-control]"`')
     with pytest.raises(InputError, match=r"cannot render it \(run .*classic-control"):

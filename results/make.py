@@ -83,6 +83,7 @@ VARIANTS = {  # of LaMo, each without one or more of its parts
     "linear embedders": f"{COMPARED['lamo']} --embed linear",
 }
 DT_WITH_MLPS = {"dt, mlp embedders": "--method dt --embed mlp"}
+OF_LAMO = ", LaMo's setting"  # ends the names of the controls, which have it
 METHODS = COMPARED | VARIANTS | DT_WITH_MLPS
 CHEAP_BASELINES = ["bc", "best-bc", "td3-bc", "iql"]  # of results/baselines.py
 BASELINES = [*CHEAP_BASELINES, "cql"]  # CQL's step takes as long as eight of IQL's
@@ -151,9 +152,6 @@ def with_dropout(task, method, dropout):
     """Return the runs of a method in locomotion with the rate of LaMo and DT, and a dropout."""
     options = setting(method, "1e-2", dropout)
     return [(task, method, options, seed) for seed in seeds_of(task, method)]
-
-
-OF_LAMO = ", LaMo's setting"  # ends the names of the controls
 
 
 def controls():

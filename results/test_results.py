@@ -36,6 +36,7 @@ NAMES = {
 }
 
 
+INTERVAL = r"[-+]\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)"  # a difference and its interval
 NOT_EVALUATED = ["--env", "none", "--data", "demo/lamo/hopper/demo-v0"]
 
 
@@ -49,10 +50,20 @@ def t_quantile(probability, freedom):
     return np.interp(probability, 0.5 + np.cumsum(density) * width, x + width / 2)
 
 
+def read_evaluations(folder):
+    """The rows of a comparison, one for each evaluation."""
+    return list(csv.DictReader((HERE / "results" / folder / "runs.csv").open()))
+
+
 def read_rows(folder):
     """The last row of each run of a comparison."""
-    rows = csv.DictReader((HERE / "results" / folder / "runs.csv").open())
+    rows = read_evaluations(folder)
     return list({(r["task"], r["method"], r["options"], r["seed"]): r for r in rows}.values())
+
+
+def read_text():
+    """The page of the comparison, on one line."""
+    return " ".join((HERE / "results" / "README.md").read_text().split())
 
 
 def checkpoint_weights(folder):
@@ -231,7 +242,7 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
         "action loss, held out": "held_out_loss",
         "language loss, docstrings": "documents_loss_after",
     }
-    rows = list(csv.DictReader((HERE / "results" / "runs.csv").open()))
+    rows = read_evaluations("")
     setting_of_lamo = settings["lamo", "locomotion"]
     for of_controls, part in enumerate(page.split("<!-- controls -->")):
         tables = re.findall(r"(?m)^\| (.*, longer) \| (.*) \|\n.*((?:\n\|.*)+)", part)
@@ -263,10 +274,11 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
 
 
 def test_the_text_on_less_data_says_what_the_runs_do():
-    page = " ".join((HERE / "results" / "README.md").read_text().split())
+    page = read_text()
     rows, settings = read_rows(""), read_settings()
-    kind = r"[-+]\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)"
-    cells = re.findall(rf"changes by ({kind}) points for the best target, and by ({kind})", page)
+    cells = re.findall(
+        rf"changes by ({INTERVAL}) points for the best target, and by ({INTERVAL})", page
+    )
     for task, pair in zip(("hopper", "kitchen-partial"), cells, strict=True):
         for name, cell in zip(("best_score", "mean_score"), pair):
             leads = []  # DT's over LaMo by seed: on all of the data, and on 3 % of it
@@ -282,10 +294,11 @@ def test_the_text_on_less_data_says_what_the_runs_do():
 
 
 def test_the_text_on_longer_training_says_what_the_runs_do():
-    page = " ".join((HERE / "results" / "README.md").read_text().split())
-    settings, lamos_setting = read_settings(), ("1e-2", "0.1")
+    page = read_text()
+    settings = read_settings()
+    lamos_setting = settings["lamo", "locomotion"]
     values = defaultdict(dict)  # by seed
-    for row in csv.DictReader((HERE / "results" / "runs.csv").open()):
+    for row in read_evaluations(""):
         if row["task"].startswith("hopper 3%") and row["seed"] in "012":
             for name in ("best_score", "mean_score", "train_loss", "held_out_loss"):
                 key = row["task"], row["method"], rate_and_dropout(row), row["step"], name
@@ -299,7 +312,8 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         assert sorted(found) == [*"012"]
         return np.array([float(found[seed]) for seed in "012"])
 
-    # By how much the held-out loss rises
+    # By how much the held-out loss rises, in %
+    rises = {}  # since the end of a shorter run: that of the mean, and of each seed
     [[_, _, *lines]] = read_tables("README.md", "held-out loss after 10,000 steps")
     assert len(lines) == 9
     for name, *cells in lines:
@@ -314,23 +328,35 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
             first = of(method, "held_out_loss", "1000", task)
             rise, by_seed = 100 * (last.mean() / first.mean() - 1), 100 * (last / first - 1)
             assert cell == "{:+.0f} % ({}, {}, {})".format(rise, *map(round, by_seed))
-            in_text = f"by {abs(rise):.0f} %"
-            if task == "hopper 3%" and isinstance(method, str):
-                assert in_text in page.split("**Whose held-out")[1].split("**Early")[0]
-
-    tuned = "all trained", "random trunk, all trained", "dt", "lamo"
-    text = "ends at {:.4f}, and LaMo's at {:.4f}"
-    assert text.format(*(of(name, "held_out_loss").mean() for name in (tuned[0], "lamo"))) in page
-    text = "the random trunk's is {:.4f}, the language model's {:.4f}, and LaMo's {:.4f}"
-    early = (
-        of(name, "held_out_loss", "1000", "hopper 3%").mean() for name in (*tuned[1::-1], "lamo")
+            if task == "hopper 3%":
+                rises[method] = round(rise), *by_seed
+    model, random_trunk = tuned = "all trained", "random trunk, all trained"
+    text = f"rises by {rises['dt'][0]} % for DT and by {rises[random_trunk][0]} % for the random"
+    assert (
+        f"{text} trunk, with each of the three seeds. LaMo's rises by {rises['lamo'][0]} %" in page
     )
+    assert min(rises["dt"] + rises[random_trunk]) > 0 > max(rises[model])
+    text = f"with all weights of the language model trained it falls by {-rises[model][0]} %"
+    assert f"{text}, with each seed" in page
+    text = "ends at {:.4f}, and LaMo's at {:.4f}"
+    assert text.format(*(of(name, "held_out_loss").mean() for name in (model, "lamo"))) in page
+    text = "the random trunk's is {:.4f}, the language model's {:.4f}, and LaMo's {:.4f}"
+    early = [
+        of(name, "held_out_loss", "1000", "hopper 3%").mean()
+        for name in (random_trunk, model, "lamo")
+    ]
     assert text.format(*early) in page
-    alike, frozen = [(name, lamos_setting) for name in tuned[:2]], ("random trunk", lamos_setting)
-    without_loss = "no language loss", lamos_setting
+
+    # The controls: what the text says of their order
+    alike = [(name, lamos_setting) for name in tuned]
+    frozen, without_loss = ((name, lamos_setting) for name in ("random trunk", "no language loss"))
+    order = ["lamo", without_loss, frozen, alike[1]]
+    assert sorted(order, key=rises.get) == order and rises[frozen][0] == rises[alike[0]][0]
+    with_dropout = ("dt", lamos_setting)
+    assert (of(with_dropout, "held_out_loss") > of(with_dropout, "held_out_loss", "1000")).all()
     higher = of(frozen, "held_out_loss") - of(without_loss, "held_out_loss")
     assert "with each seed, by {:.4f}, {:.4f} and {:.4f}".format(*higher) in page
-    fit = [of(name, "train_loss").mean() for name in ("lamo", "dt", ("dt", lamos_setting))]
+    fit = [of(name, "train_loss").mean() for name in ("lamo", "dt", with_dropout)]
     text = "its loss on them ends at {:.4f}, DT's at {:.6f}, with LaMo's dropout at {:.4f}"
     assert text.format(*fit) in page
     fit = [of(name, "train_loss", "1000").mean() for name in (frozen, "lamo")]
@@ -339,11 +365,11 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     # The scores at the end
     for text, first, second, name in (
         ("DT minus LaMo: ", "lamo", "dt", "best_score"),
-        ("random minus language model: ", *tuned[:2], "best_score"),
+        ("random minus language model: ", *tuned, "best_score"),
         ("both with LaMo's setting: ", *alike, "best_score"),
         ("frozen random trunk minus LaMo: ", "lamo", frozen, "best_score"),
         ("Over all targets the first difference is ", "lamo", "dt", "mean_score"),
-        (", the second ", *tuned[:2], "mean_score"),
+        (", the second ", *tuned, "mean_score"),
         (", the third ", *alike, "mean_score"),
         (", the last ", "lamo", frozen, "mean_score"),
     ):
@@ -356,12 +382,11 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
 
 
 def test_differences_in_the_text_are_those_of_the_runs():
-    page = " ".join((HERE / "results" / "README.md").read_text().split())
+    page = read_text()
     rows, settings = read_rows(""), read_settings()
-    kind = r"[-+]\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)"
 
     def check(text, ours, theirs):
-        [cell] = re.findall(rf"{re.escape(text)} ({kind})", page)
+        [cell] = re.findall(rf"{re.escape(text)} ({INTERVAL})", page)
         check_difference(cell, ours, theirs, "best_score")
 
     # Where each domain counts once, a seed's score is the mean over domains of the means over tasks.
@@ -402,8 +427,8 @@ def test_differences_in_the_text_are_those_of_the_runs():
 
 
 def test_returns_in_the_text_are_those_of_the_runs():
-    page = " ".join((HERE / "results" / "README.md").read_text().split())
-    rows = list(csv.DictReader((HERE / "results" / "runs.csv").open()))
+    page = read_text()
+    rows = read_evaluations("")
 
     def of(task, method, setting, seed, step="1000", name="best_return"):
         [row] = [
