@@ -990,23 +990,21 @@ class Recorder:
         if not self.writes:
             return
         self.path = out / "log.jsonl"
-        self.log_size = checkpoint["log_size"] if checkpoint else 0  # bytes, as written here
         if checkpoint:
-            if self.path.stat().st_size < self.log_size:
+            size = checkpoint["log_size"]
+            kept = self.path.read_bytes()[:size]  # forget what came after the checkpoint
+            if len(kept) < size:
                 raise InputError(f"{self.path} has lost lines; start again, with another --out")
-            os.truncate(self.path, self.log_size)  # forget what came after the checkpoint
+            with replacing(self.path, header) as file:  # `save` notices that it is a new file
+                file.write(kept)
         self.file = open(self.path, "a", newline="\n")  # on Windows, too
         if not checkpoint:
             self.log(header)
 
     def log(self, values):
         """Write a dict as a line of log.jsonl."""
-        if not self.writes:
-            return
-        line = json.dumps(values) + "\n"
-        self.file.write(line)
-        self.file.flush()
-        self.log_size += len(line)  # JSON is ASCII
+        if self.writes:
+            print(json.dumps(values), file=self.file, flush=True)
 
     def add(self, losses):
         """Keep the losses of a step, which may still be on the device."""
@@ -1057,12 +1055,11 @@ class Recorder:
         self.read_losses(step)
         state = {"optimizer": optimizer.state_dict(), "step": step, "losses": self.losses}
         if self.writes:
-            if self.path.stat().st_size != self.log_size:
-                raise InputError(
-                    f"another process writes to {self.out}, too; stop it, then --resume"
-                )
+            log = os.fstat(self.file.fileno())
+            if not os.path.samestat(log, self.path.stat()):
+                raise InputError(f"another process has resumed {self.out}; this one stops")
             os.fsync(self.file.fileno())
-            state["log_size"] = self.log_size
+            state["log_size"] = log.st_size  # bytes
             write_checkpoint(self.out / "checkpoint.pt", model, self.header, state)
         self.saved_step, self.saved_at = step, time.perf_counter()
 
@@ -1420,13 +1417,9 @@ def checksum(arrays):
     return digest.hexdigest()
 
 
-def write_checkpoint(path, model, header, state):
-    """Write a checkpoint. Of a frozen language model it has the checksum, not the weights."""
-    weights = model.state_dict()
-    if header["lm_checksum"]:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if not parameter.requires_grad:
-                del weights[name]
+@contextmanager
+def replacing(path, header):
+    """Open a new file, which takes the place of the one at `path` once all is written."""
     partial = path.with_suffix(".partial")
     argument = run_argument(path.parent, header["config"]["env"])
     with on_error(
@@ -1434,12 +1427,23 @@ def write_checkpoint(path, model, header, state):
     ):
         try:
             with open(partial, "wb") as file:
-                torch.save({"version": VERSION, "header": header, "weights": weights} | state, file)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)  # all or nothing
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_checkpoint(path, model, header, state):
+    """Write a checkpoint. Of a frozen language model it has the checksum, not the weights."""
+    weights = model.state_dict()
+    if header["lm_checksum"]:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                del weights[name]
+    with replacing(path, header) as file:
+        torch.save({"version": VERSION, "header": header, "weights": weights} | state, file)
 
 
 def read_checkpoint(folder):

@@ -1435,23 +1435,36 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     assert timeless_log(tmp_path / "run") == timeless_log(tmp_path / "whole")
 
 
-def test_two_processes_do_not_mix_their_logs(tmp_path, monkeypatch):
-    """A run is resumed while it still goes on."""
-    monkeypatch.setattr(lamo, "LOG_EVERY", 2)
-    out, save, saved = tmp_path / "run", lamo.write_checkpoint, []
+@pytest.mark.parametrize(("end", "saves"), [(3, [3]), (4, [3]), (7, [3, 6, 7])])
+def test_two_processes_do_not_mix_their_logs(end, saves, tmp_path, monkeypatch):
+    """A run is resumed while it still goes on; the second process is killed after `end` steps."""
+    monkeypatch.setattr(lamo, "LOG_EVERY", 1)
+    out, save, draw, saved = tmp_path / "run", lamo.write_checkpoint, lamo.draw, []
 
     def resume(path, model, header, state):
         saved.append(state["step"])
         save(path, model, header, state)
-        if len(saved) == 2:  # another process logs two steps, and evaluates
+        if len(saved) == 2:
             run = hopper_run(out)
             run["model"].load_state_dict(lamo.read_checkpoint(out)["weights"])
-            lamo.train(**run, checkpoint=lamo.read_checkpoint(out))
+            monkeypatch.setattr(lamo, "draw", mortal)
+            with contextlib.suppress(KeyboardInterrupt):
+                lamo.train(**run, checkpoint=lamo.read_checkpoint(out))
+            monkeypatch.setattr(lamo, "draw", draw)
+            saved.append((out / "log.jsonl").read_bytes())
+
+    def mortal(*arguments):
+        if arguments[-1] == end:
+            raise KeyboardInterrupt
+        return draw(*arguments)
 
     monkeypatch.setattr(lamo, "write_checkpoint", resume)
-    with pytest.raises(InputError, match="another process writes to .*; stop it, then --resume"):
+    with pytest.raises(InputError, match="another process has resumed .*; this one stops"):
         lamo.train(**hopper_run(out))
-    assert saved == [0, 3, 3, 6, 7]  # the last three by the second process
+    log = saved.pop()
+    assert saved == [0, 3, *saves]
+    assert (out / "log.jsonl").read_bytes() == log
+    assert lamo.read_checkpoint(out)["step"] == saved[-1]
 
 
 def test_a_log_that_lost_lines_is_not_filled_up(tmp_path):
