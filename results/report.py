@@ -163,7 +163,7 @@ def returns_lines(table, tasks, methods):
             ours, theirs = ([column(table[task, method], name)] for method in (first, other))
             row.append(format_difference(difference(ours, theirs)))
         rows.append(row)
-    if len(methods) > len(tasks):
+    if len(methods) >= len(tasks):
         rows = list(zip(*rows))  # rather long than wide
     return markdown(rows)
 

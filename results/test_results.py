@@ -598,7 +598,7 @@ def test_tuning_tries_more_where_the_edge_wins():
 def test_figures_of_the_readme_are_in_the_tables():
     answers = (HERE / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0]
     kinds = r"[-+]?\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)|[\d.]+ ± [\d.]+\d|0\.\d{4}"
-    kinds += r"|\d\.\d\d(?= before| after)"
+    kinds += r"|\d\.\d\d(?= before| after)|[-+]\d+ %"
     figures = re.findall(kinds, answers)
     pages = [(HERE / "results" / page).read_text() for page in ("README.md", "first/README.md")]
     assert len(figures) > 4 and all(figure in " ".join(pages) for figure in figures)
