@@ -336,21 +336,23 @@ def rises_lines(table, task):
     It is the rise of the mean over seeds, and in brackets that of each seed. A dash stands for what
     was not measured.
     """
-    rows = [["held-out loss after 10,000 steps", "since the end of a run of 1,000 steps"]]
+    shorter = task.removesuffix(", longer")
+    rows = [[f"held-out loss, {shorter}", "since the end of a run of 1,000 steps"]]
     rows[0].append("since step 1,000 of the same run")
     for method in dict.fromkeys([*LONGER["longer"], *LONGER["controls"]]):
         longer = curves(table, task, method, "held_out_loss")
         if not longer:
             continue
         cells = []
-        for starts in curves(table, task.split(",")[0], method, "held_out_loss"), longer:
+        for starts in curves(table, shorter, method, "held_out_loss"), longer:
             if not starts:
                 cells.append("–")
                 continue
             last = np.array([run[10000] for run in longer])
             first = np.array([run[1000] for run in starts[: len(longer)]])
             by_seed = ", ".join(f"{round(100 * rise)}" for rise in last / first - 1)
-            cells.append(f"{100 * (last.mean() / first.mean() - 1):+.0f} % ({by_seed})")
+            rise = round(100 * (last.mean() / first.mean() - 1))
+            cells.append(f"{rise:+} % ({by_seed})")
         rows.append([name_of(method), *cells])
     return markdown(rows)
 
@@ -391,7 +393,8 @@ def main():
     table = read_table()
     tables = {"settings": settings_lines(table), "losses": losses_lines(table)}
     tables["dropout"] = dropout_lines()
-    tables["rises"] = rises_lines(table, "hopper 3%, longer")
+    rises = [rises_lines(table, task) for task in TASKS if "longer" in task]
+    tables["rises"] = [*itertools.chain(*([*lines, ""] for lines in rises if len(lines) > 2))]
     shown = []
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)

@@ -299,7 +299,7 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     lamos_setting = settings["lamo", "locomotion"]
     values = defaultdict(dict)  # by seed
     for row in read_evaluations(""):
-        if row["task"].startswith("hopper 3%") and row["seed"] in "012":
+        if row["seed"] in "012" and row["options"]:
             for name in ("best_score", "mean_score", "train_loss", "held_out_loss"):
                 key = row["task"], row["method"], rate_and_dropout(row), row["step"], name
                 values[key][row["seed"]] = row[name]
@@ -307,29 +307,38 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     def of(method, name, step="10000", task="hopper 3%, longer"):
         """A column of a method, or of a (method, setting), by seed."""
         if isinstance(method, str):
-            method = method, settings[method, "locomotion"]
+            method = method, settings[method, make.DOMAIN[task]]
         found = values[task, *method, step, name]
         assert sorted(found) == [*"012"]
         return np.array([float(found[seed]) for seed in "012"])
 
     # By how much the held-out loss rises, in %
     rises = {}  # since the end of a shorter run: that of the mean, and of each seed
-    [[_, _, *lines]] = read_tables("README.md", "held-out loss after 10,000 steps")
-    assert len(lines) == 9
-    for name, *cells in lines:
-        method = name.lower().removesuffix(make.OF_LAMO.lower())
-        if name.endswith(make.OF_LAMO):
-            method = method, lamos_setting
-        last = of(method, "held_out_loss")
-        for task, cell in zip(("hopper 3%", "hopper 3%, longer"), cells, strict=True):
-            if cell == "–":
-                assert method == ("dt", lamos_setting) and task == "hopper 3%"
-                continue
-            first = of(method, "held_out_loss", "1000", task)
-            rise, by_seed = 100 * (last.mean() / first.mean() - 1), 100 * (last / first - 1)
-            assert cell == "{:+.0f} % ({}, {}, {})".format(rise, *map(round, by_seed))
-            if task == "hopper 3%":
-                rises[method] = round(rise), *by_seed
+    within = {}  # since step 1,000 of the same run, that of the mean
+    for [corner, *_], _, *lines in read_tables("README.md", "held-out loss, [^|]*"):
+        shorter = corner.removeprefix("held-out loss, ")
+        for name, *cells in lines:
+            method = name.lower().removesuffix(make.OF_LAMO.lower())
+            if name.endswith(make.OF_LAMO):
+                method = method, lamos_setting
+            last = of(method, "held_out_loss", task=f"{shorter}, longer")
+            for task, cell in zip((shorter, f"{shorter}, longer"), cells, strict=True):
+                if cell == "–":
+                    assert task == "reacher2d 10%" or (task, method) == (
+                        "hopper 3%",
+                        ("dt", lamos_setting),
+                    )
+                    continue
+                first = of(method, "held_out_loss", "1000", task)
+                rise, by_seed = 100 * (last.mean() / first.mean() - 1), 100 * (last / first - 1)
+                assert cell == "{:+} % ({}, {}, {})".format(*map(round, (rise, *by_seed)))
+                if task == "hopper 3%":
+                    rises[method] = round(rise), *by_seed
+                elif task != shorter:
+                    within[shorter, method] = round(rise)
+    assert len(rises) == 8 and len(within) == 9 + 5
+    text = "DT's rises by {} %, LaMo's by {} %"
+    assert text.format(*(within["reacher2d 10%", name] for name in ("dt", "lamo"))) in page
     model, random_trunk = tuned = "all trained", "random trunk, all trained"
     text = f"rises by {rises['dt'][0]} % for DT and by {rises[random_trunk][0]} % for the random"
     assert (
