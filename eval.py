@@ -72,6 +72,8 @@ def with_settings(registered, recorded, wrappers):
     kwargs = registered.kwargs | recorded.get("kwargs", {})
     if kwargs.get("render_mode") != "rgb_array":  # others open a window, or keep all pictures
         kwargs.pop("render_mode", None)
+    if registered.name == "FrankaKitchen":  # a finished subtask is rewarded once, as in the data
+        kwargs |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
     limit = recorded.get("max_episode_steps")
     return replace(
         registered,
@@ -241,6 +243,8 @@ class Environments:
 
     def _attempt(self, function, row, argument):
         try:
+            if self.envs[row] is None:  # it failed in its last episode
+                self.envs[row] = self.make()
             observation, reward, terminated, truncated, info = function(self.envs[row], argument)
             observation, reward = seen(observation), float(np.squeeze(reward))
             if observation.shape != self.observation_space.shape:
@@ -253,7 +257,7 @@ class Environments:
             return observation, reward, terminated or truncated, success
         except Exception as error:  # environments raise anything
             tqdm.write(f"an episode of {self.spec.id} failed: {error!r}")
-            self.envs[row] = self.make()
+            self.envs[row] = None
             return None, np.nan, True, np.nan
 
 
@@ -484,10 +488,9 @@ def make_environments(env, policy, config, header):
     """
     if env:
         spec = spec_of(env, header["env_spec"])
-        limit = config.max_steps or spec.max_episode_steps
-        spec.max_episode_steps = limit or policy.max_timesteps
     else:
         spec = spec_from_json(header["env_spec"])
+    spec.max_episode_steps = config.max_steps or spec.max_episode_steps or policy.max_timesteps
     environments = Environments(spec)
 
     def describe(observation_shape, action_size, discrete):

@@ -154,8 +154,8 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-COUNT = number(int, 1)
-COUNT_OR_ZERO = number(int, 0)
+COUNT = number(int, 1, 10**9)
+COUNT_OR_ZERO = number(int, 0, 10**9)
 EPISODES = number(int, 1, 10_000)
 AMOUNT = number(float, 0, 1e9)
 SHARE = number(float, 0, 1)
@@ -202,7 +202,7 @@ class Config:
     train_trunk: bool = option(False, "train all weights of the trunk", action="store_true")
     embed: str = option("mlp", "kind of embedders and action head", choices=["mlp", "linear"])
     context: int | None = option(
-        None, "K, steps that the policy sees; default: the task's", type=COUNT
+        None, "K, steps that the policy sees; default: the task's, or 20", type=COUNT
     )
     dropout: float = option(0.1, "dropout of the trunk, if it is a GPT-2", type=SHARE)
     layers: int = option(12, "transformer blocks, with --lm none", type=COUNT)
@@ -229,7 +229,10 @@ class Config:
 
     # evaluation
     targets: list[float] | None = option(
-        None, "target returns (-1000, not -1e3); default: the task's", type=TARGET, nargs="+"
+        None,
+        "target returns (-1000, not -1e3); default: the task's, or from the data",
+        type=TARGET,
+        nargs="+",
     )
     episodes: int = option(20, "episodes per target", type=EPISODES)
     max_steps: int | None = option(
@@ -464,7 +467,9 @@ class CausalLM(nn.Module):
             for parameter in self.parameters():
                 if parameter.dim() > 1:  # norms and biases stay in float32
                     parameter.data = parameter.data.bfloat16()
-        for parent in [*self.modules()]:
+        # Only the part that reads text: some models also have a vision tower.
+        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model
+        for parent in [*decoder.modules()]:
             for name, layer in [*parent.named_children()]:
                 if name in self.PROJECTIONS:
                     adapted = LoRALinear(as_linear(layer), rank, alpha, dropout, parts=1)
@@ -992,6 +997,8 @@ class Recorder:
         self.path = out / "log.jsonl"
         if checkpoint:
             size = checkpoint["log_size"]
+            if read_checkpoint(out)["log_size"] != size:
+                raise InputError(f"another process still trains in {out}; stop it, then --resume")
             kept = self.path.read_bytes()[:size]  # forget what came after the checkpoint
             if len(kept) < size:
                 raise InputError(f"{self.path} has lost lines; start again, with another --out")
@@ -1141,7 +1148,7 @@ def hub_is_reachable():
 def find_file(dataset, filename):
     """Return the path of a file of a dataset on the Hugging Face hub; download it if need be."""
     advice = f"cannot find {filename} of {dataset} in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs no network"):
+    with on_error(f"{advice}; check the name and the network"):
         offline = not hub_is_reachable()
         path = hf_hub_download(dataset, filename, repo_type="dataset", local_files_only=offline)
         return Path(path)
@@ -1168,7 +1175,7 @@ def load_causal_lm(name):
     Raises InputError if it cannot be loaded, or if it is not a causal language model.
     """
     advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
-    with on_error(f"{advice}; check the name and the network; lamo.py --demo needs no network"):
+    with on_error(f"{advice}; check the name and the network"):
         config = from_transformers("AutoConfig", name)
     with on_error(f"cannot load --lm {name}; if it is damaged, get it again"):
         if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
@@ -1245,7 +1252,7 @@ def load_dataset(name):
         for folder in (named, named / "data"):
             # Of a download that Minari did not finish, only metadata.json is there.
             if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
-                return minari.MinariDataset(folder)
+                return open_dataset(folder)
         raise InputError(f"{path} is not a dataset of Minari 0.5{advice_on(path)}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+-v\d+", name):
         raise InputError(
@@ -1255,7 +1262,20 @@ def load_dataset(name):
     # The small file first: between the two look-ups, the repository has little time to change.
     for filename in ("metadata.json", "main_data.hdf5"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
-    return minari.MinariDataset(path.parent)
+    return open_dataset(path.parent)
+
+
+def open_dataset(folder):
+    """Return the MinariDataset of a folder with data and metadata.json.
+
+    Raises InputError if a space is missing: Minari would make the recorded environment to learn it,
+    which can be any code.
+    """
+    metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
+    for space in "observation_space", "action_space":
+        if space not in metadata:
+            raise InputError(f"{folder / 'metadata.json'} has no {space}; write it with Minari 0.5")
+    return minari.MinariDataset(folder)
 
 
 def advice_on(path):
@@ -1290,14 +1310,23 @@ def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
     count = len(chosen)
     if count == 0:
         raise InputError(f"--ratio {ratio:g} of {dataset.total_episodes} trajectories leaves none")
-    episodes = dataset.iterate_episodes(np.sort(chosen))
+    chosen = np.sort(chosen)
+    episodes = dataset.iterate_episodes(chosen)
+    metadata = dataset.storage.get_episode_metadata(chosen)
 
     shape, stack = policy_spaces(dataset)[0].shape, 1
     observations, actions, rewards, terminated = [], [], [], []
-    for episode in tqdm(episodes, "reading", count, leave=False, disable=None):
+    progress = tqdm(episodes, "reading", count, leave=False, disable=None)
+    for episode, recorded in zip(progress, metadata, strict=True):
         T, states = len(episode.actions), seen(episode.observations)
         if T == 0:
             continue
+        steps = recorded.get("total_steps", T)
+        if T != steps:  # of an Arrow or Parquet file, Minari reads 32,768 rows
+            raise InputError(
+                f"Minari reads {T} of the {steps} steps of episode {episode.id}; give the dataset"
+                " as HDF5"
+            )
         if len(shape) == 3 and states.shape[1:] == shape[1:]:  # frames; several make a state
             stack = shape[0]
         elif states.shape[1:] != shape:
@@ -1333,11 +1362,11 @@ def vectors(actions, space):
                 f"actions of {space} must be (T, {space.shape[0]}), not {actions.shape}"
             )
         return actions
-    choices = actions - space.start
-    if choices.shape != (len(actions),) or choices.dtype.kind not in "iu":
+    if actions.ndim != 1 or actions.dtype.kind not in "iu":
         raise InputError(
             f"actions of {space} must be integers (T,), not {actions.dtype} {actions.shape}"
         )
+    choices = actions.astype(np.int64) - space.start
     if choices.min() < 0 or choices.max() >= space.n:
         raise InputError(f"an action in the data is not in its space, {space}")
     one_hot = np.zeros((len(choices), space.n), np.float32)
@@ -1366,7 +1395,7 @@ def evaluation_spec(dataset, env):
     """Return the EnvSpec to evaluate in: the user's, else the one in which the data was recorded.
 
     `--env eval` takes the one that the dataset names for evaluations. The two can differ: for
-    Minari's antmaze-umaze, they are two mazes (Minari's issue 304). If the environment cannot be
+    Minari's antmaze/umaze-diverse, they are two mazes (its issue 304). If the environment cannot be
     made, the library's error passes through.
     """
     metadata = dataset.storage.metadata
@@ -1375,13 +1404,8 @@ def evaluation_spec(dataset, env):
     if env in (None, "eval", *TASKS):
         if for_evaluation not in (None, chosen):
             print("the dataset has another environment for evaluations; to take it, add --env eval")
-        spec = recorded_spec(chosen, env)
-    else:
-        spec = spec_of(env, chosen)
-    if spec.name == "FrankaKitchen":
-        spec.kwargs["remove_task_when_completed"] = True
-        spec.kwargs["terminate_on_tasks_completed"] = True
-    return spec
+        return recorded_spec(chosen, env)
+    return spec_of(env, chosen)
 
 
 def recorded_spec(recorded, env):
@@ -1505,7 +1529,8 @@ def build_trunk(config):
         if GPT2.represents(theirs.config):
             trunk = GPT2.from_pretrained(theirs, config.dropout, config.bf16)
         else:
-            trunk = CausalLM(theirs, config.bf16)
+            with on_error(f"cannot use --lm {config.lm}; take another"):
+                trunk = CausalLM(theirs, config.bf16)
             if 3 * config.context > trunk.n_positions:
                 raise InputError(
                     f"--context {config.context} makes {3 * config.context} tokens, but --lm has"
@@ -1514,7 +1539,8 @@ def build_trunk(config):
         lm_checksum = checksum(trunk.state_dict().values())
     trunk.requires_grad_(config.train_trunk)
     if config.lora_rank > 0:
-        trunk.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
+        with on_error(f"cannot add LoRA to --lm {config.lm}; add --lora-rank 0 --lang-coef 0"):
+            trunk.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
     return trunk, lm_checksum
 
 
@@ -1562,7 +1588,8 @@ def prepare(config, title):
     largest = max(abs(np.array([*returns, *config.targets])))
     power_of_ten = 10.0 ** round(math.log10(largest)) if largest > 0 else 1.0
     reference = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
-    if None in reference or reference[0] == reference[1]:  # none, or none to divide by
+    # It may have none, or none to divide by.
+    if None in reference or not np.isfinite(reference).all() or reference[0] == reference[1]:
         reference = task.reference
 
     # The policy
@@ -1592,7 +1619,9 @@ def prepare(config, title):
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, ", end="")
         print(f"{len(text.held_out):,} held out")
 
-    # All that the run is made from
+    # All that the run is made from, and what eval.py needs
+    recorded = dataset.storage.metadata.get("env_spec")
+    spec_json = spec_to_json(spec) if environments else recorded
     arrays = [trajectories.states, trajectories.actions, trajectories.returns_to_go]
     if text:
         arrays += [text.tokens, text.held_out]
@@ -1604,7 +1633,7 @@ def prepare(config, title):
         "config": asdict(config),
         "arguments": arguments,
         "reference": reference,
-        "env_spec": spec_to_json(spec) if environments else None,
+        "env_spec": spec_json,
         "trajectories": len(returns),
         "text_loss": text_loss,
         "lm_checksum": lm_checksum,
@@ -1620,8 +1649,8 @@ def action_bounds(space, actions):
 
     gymnasium.wrappers.ClipAction leaves a space without bounds.
     """
-    low, high = space.low, space.high
-    has_low, has_high = abs(low) < 1e6, abs(high) < 1e6  # or else infinite, or the largest float
+    low, high = space.low.astype(float), space.high.astype(float)
+    has_low, has_high = abs(low) < 1e6, abs(high) < 1e6  # or else infinite, or the largest number
     if has_low.all() and has_high.all():
         return low, high
     print("the actions have no bounds; those of the data are taken instead")

@@ -31,6 +31,7 @@ import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
@@ -421,6 +422,31 @@ def test_other_models_are_the_trunk_as_they_are(name, family):
         assert trunk(embeddings[:, :1]).shape == (2, 1, trunk.width)
         longest = min(trunk.n_positions, 64)
         assert trunk.language_loss(torch.randint(300, (1, longest))) > 0
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma3Config"), reason="transformers is older")
+def test_a_vision_tower_gets_no_lora():
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = SHAPE | {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    vision = shape | {"intermediate_size": 64, "image_size": 8, "patch_size": 4}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1
+    )
+    trunk = CausalLM(AutoModelForCausalLM.from_config(config))
+    trunk.add_lora(4, 8.0, 0.0)
+    trunk.language_loss(torch.randint(300, (2, 9))).backward()
+    adapted = [part for part in trunk.modules() if isinstance(part, LoRALinear)]
+    assert len(adapted) == 6 and all(part.B.grad is not None for part in adapted)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Llama4TextConfig"), reason="transformers is older")
+def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path, lm_folder):
+    """The inner model of a Llama 4 returns logits."""
+    folder = shutil.copytree(lm_folder, tmp_path / "llama4")
+    config = transformers.Llama4TextConfig(**MODERN, intermediate_size_mlp=64, num_local_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(InputError, match=f"cannot use --lm {folder}; take another"):
+        other_trunk(str(folder))
 
 
 def plain_lora(theirs, trunk):
@@ -1244,6 +1270,26 @@ def test_an_episode_that_fails_is_counted_and_has_no_part_in_the_mean(capsys):
     assert row["failed"] == 1 and row["return_mean"] is None
 
 
+def test_an_environment_that_cannot_be_made_again_fails_no_other_episode():
+    made = []
+
+    def make(**options):
+        if len(made) == 3:
+            raise RuntimeError("no licence left")
+        made.append(FailingHopper(gym.make("Hopper-v5", **options).unwrapped))
+        return made[-1]
+
+    gym.register("OnceHopper-v0", make)
+    returns, *_ = evaluation.rollout(
+        Script(), Environments(gym.spec("OnceHopper-v0"), 3), (300,), 3, 0
+    )
+    assert np.isnan(returns[0]).tolist() == [False, True, False]
+    environments = Environments(gym.spec("Hopper-v5"), 3)
+    environments.envs[0] = None  # as after a failure
+    again, *_ = evaluation.rollout(Script(), environments, (300,), 1, 0)
+    assert again[0, 0] == returns[0, 0]
+
+
 def test_evaluation_scores():
     environments = Environments(gym.spec("Hopper-v5"))
     policy = Script().train()
@@ -1465,6 +1511,17 @@ def test_two_processes_do_not_mix_their_logs(end, saves, tmp_path, monkeypatch):
     assert saved == [0, 3, *saves]
     assert (out / "log.jsonl").read_bytes() == log
     assert lamo.read_checkpoint(out)["step"] == saved[-1]
+
+
+def test_a_run_that_still_trains_is_not_rolled_back(tmp_path):
+    run = hopper_run(tmp_path / "run")
+    lamo.train(**run)
+    checkpoint = lamo.read_checkpoint(run["out"])
+    log = (run["out"] / "log.jsonl").read_bytes()
+    torch.save(checkpoint | {"log_size": len(log) - 9}, run["out"] / "checkpoint.pt")
+    with pytest.raises(InputError, match="another process still trains in .*; stop it, then"):
+        lamo.train(**run, checkpoint=checkpoint)
+    assert (run["out"] / "log.jsonl").read_bytes() == log
 
 
 def test_a_log_that_lost_lines_is_not_filled_up(tmp_path):
@@ -1786,14 +1843,43 @@ def test_a_share_in_percent_of_a_hundred_trajectories_is_that_many():
         assert sorted([*chosen, *others]) == list(range(100))
 
 
-@pytest.mark.parametrize("given, used", [((1, 5), (1, 5)), ((5, 5), (0, 100))])
-def test_scores_use_the_datas_reference_returns_unless_they_are_equal(tmp_path, given, used):
+@pytest.mark.parametrize(
+    "given, used", [((1, 5), (1, 5)), ((5, 5), (0, 100)), ((math.nan, 5), (0, 100))]
+)
+def test_scores_use_the_datas_reference_returns_if_they_can(tmp_path, given, used):
     folder = save_dataset("test/rated-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
     change_metadata(folder, ref_min_score=given[0], ref_max_score=given[1])
     start(folder, tmp_path / "run")
     row = read_scores(tmp_path / "run")["best"]
     low, high = used
     assert row["score"] == pytest.approx(100 * (row["return_mean"] - low) / (high - low))
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+def test_an_episode_that_minari_cuts_is_refused(tmp_path, data_format):
+    episodes = [
+        (np.zeros((length + 1, 2)), np.zeros((length, 1)), np.ones(length))
+        for length in (5, 33_000, 7)
+    ]
+    spaces = {
+        "observation_space": gym.spaces.Box(-9, 9, (2,), np.float64),
+        "action_space": gym.spaces.Box(-1, 1, (1,), np.float64),
+    }
+    folder = save_dataset("test/long-v0", None, episodes, data_format=data_format, **spaces)
+    dataset = lamo.load_dataset(str(folder))
+    if data_format == "hdf5":
+        assert lamo.read_trajectories(dataset, 1.0, 0).returns.tolist() == [5, 33_000, 7]
+    else:
+        with pytest.raises(InputError, match="32767 of the 33000 steps of episode 1; give .* HDF5"):
+            lamo.read_trajectories(dataset, 1.0, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint64])
+def test_choices_of_any_integers_become_one_hot(dtype):
+    space = gym.spaces.Discrete(3, start=4)
+    assert lamo.vectors(np.array([4, 6, 5], dtype), space).tolist() == np.eye(3)[[0, 2, 1]].tolist()
+    with pytest.raises(InputError, match="an action in the data is not in its space"):
+        lamo.vectors(np.array([3], dtype), space)
 
 
 def test_an_episode_of_integers_does_not_round_the_others(tmp_path):
@@ -2110,6 +2196,15 @@ def test_a_dataset_without_environment_trains_without_evaluating(tmp_path, capsy
         evaluation.main([str(tmp_path / "run")])
 
 
+@pytest.mark.parametrize("env", [None, lamo.KITCHEN])
+def test_a_run_without_evaluation_can_be_evaluated_later(env, tmp_path, kitchen):
+    start(kitchen[0], tmp_path / "run", "--env", "none")
+    run = lamo.load(tmp_path / "run")
+    spec = evaluation.make_environments(env, *run).spec
+    assert spec.kwargs["tasks_to_complete"][0] == "microwave" and spec.max_episode_steps == 280
+    assert spec.kwargs["remove_task_when_completed"]
+
+
 def test_what_a_policy_cannot_do_is_refused_without_an_environment_too(tmp_path):
     space = gym.spaces.MultiDiscrete([2, 3])
     episodes = [(np.zeros((6, 3)), np.zeros((5, 2), int), np.ones(5))]
@@ -2172,12 +2267,13 @@ def test_actions_without_bounds_have_those_of_the_data(tmp_path, capsys):
     assert "the actions have no bounds" in capsys.readouterr().out
 
 
-def test_the_largest_float_is_no_bound():
-    largest = np.finfo(np.float32).max
-    space = gym.spaces.Box(np.array([-largest, -2]), np.array([1, largest]), dtype=np.float32)
-    actions = torch.tensor([[-0.5, 0.0], [0.5, 7.0]])
-    low, high = lamo.action_bounds(space, actions)
-    assert (low.tolist(), high.tolist()) == ([-0.5, -2], [1, 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_the_largest_number_is_no_bound(dtype):
+    limits = np.finfo(dtype) if dtype == np.float32 else np.iinfo(dtype)
+    low, high = np.array([[limits.min, -2], [1, limits.max]], dtype)
+    actions = torch.tensor([[-1, 0], [0, 7]])
+    low, high = lamo.action_bounds(gym.spaces.Box(low, high, dtype=dtype), actions)
+    assert (low.tolist(), high.tolist()) == ([-1, -2], [1, 7])
 
 
 def test_other_bounds_in_the_environment_than_in_the_data_are_named(capsys):
@@ -2545,6 +2641,20 @@ def test_an_environment_from_a_file_runs_no_code(name, trap, tmp_path):
         evaluation.main([str(tmp_path / "run")])
     with pytest.raises(InputError, match="allow it with --env"):
         lamo.main(["--resume", str(tmp_path / "run")])
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("missing", ["observation_space", "action_space"])
+def test_an_environment_is_not_made_to_learn_its_spaces(missing, trap, tmp_path):
+    folder = save_dataset("test/trap-v0", "Hopper-v5", play(gym.make("Hopper-v5")))
+    spec = json.dumps(json.loads(gym.spec("Hopper-v5").to_json()) | TRAPS["entry point"])
+    change_metadata(folder, env_spec=spec)
+    path = folder / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    del metadata[missing]
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(InputError, match=f"has no {missing}; write it with Minari"):
+        start(folder, tmp_path / "run", "--env", "none")
     assert not trap.exists()
 
 
