@@ -11,7 +11,7 @@ each, whose skill differs from episode to episode; the arm in the kitchen is dri
 does the subtasks of D4RL's sets one after the other.
 The language model is pre-trained on the documentation and docstrings of the Python installation that runs this.
 
-The language model's work in progress is kept in demo/build, and a later call goes on from there. The locomotion data and
+The language model's work in progress is kept in build/ beside it, and a later call goes on from there. The locomotion data and
 the language model in this folder were made by an earlier version of this script, with a PPO and a training loop of its
 own: git show fa84229:demo/make.py.
 """
@@ -382,7 +382,7 @@ def write_dataset(name, folder, env, episodes, algorithm):
 
     task, dataset_id = TASKS[name], f"lamo/{name}/demo-v0"
     shutil.rmtree(folder / dataset_id, ignore_errors=True)
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    os.environ["MINARI_DATASETS_PATH"] = str(folder.resolve())  # Minari needs a full path
     minari.create_dataset_from_buffers(
         dataset_id,
         episodes,

@@ -5,7 +5,7 @@
 
 The methods are behaviour cloning (bc), of the best tenth of the trajectories (best-bc), TD3+BC
 (td3-bc), IQL (iql) and CQL (cql). They take STEPS steps, where the published runs take 500,000 or
-more. Only the options that say what to train on and what to evaluate have an effect.
+more. Of the options, those for data have an effect, and --episodes, --max-steps, --seed, --device and --out.
 """
 
 from pathlib import Path

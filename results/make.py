@@ -22,6 +22,7 @@ And some of DT's runs are older than the protocol; README.md says which.
 A run that has its rows is not run again. Two runs go on at a time, with one thread each.
 """
 
+import argparse
 import csv
 import itertools
 import json
@@ -299,6 +300,8 @@ def run(jobs):
 
 
 def main():
+    options = argparse.ArgumentParser("results.make", description=__doc__.split("\n")[0])
+    options.parse_args()  # it has none; --help starts nothing
     for tasks, methods in QUESTIONS:
         domains = dict.fromkeys(DOMAIN[task] for task in tasks)
         best = {pair: choose(*pair) for pair in itertools.product(methods, domains)}

@@ -148,7 +148,7 @@ def plot_runs(folders, path):
 
 
 def draw_curve(axes, curves, style):
-    """Draw the mean and the interval of several runs, at the steps that all of them have."""
+    """Draw the interquartile mean and the interval of several runs, at the steps that all of them have."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     intervals = [interval([np.array([curve[step] for curve in curves])]) for step in steps]
     middle, low, high = np.transpose(intervals)

@@ -6,6 +6,7 @@ A comparison shows the tasks and methods that have run with every seed. The tabl
 seeds, and each method's chosen setting. Needs results/requirements.txt.
 """
 
+import argparse
 import itertools
 import math
 import re
@@ -390,6 +391,8 @@ def draw_longer(table, tasks, methods, path):
 
 
 def main():
+    options = argparse.ArgumentParser("results.report", description=__doc__.split("\n")[0])
+    options.parse_args()  # it has none; --help writes nothing
     table = read_table()
     tables = {"settings": settings_lines(table), "losses": losses_lines(table)}
     tables["dropout"] = dropout_lines()

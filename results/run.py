@@ -5,7 +5,8 @@
 The log gets three more numbers. `train_loss` is the action loss on trajectories that the run trains
 on, `held_out_loss` on those that --ratio left out; both are without dropout. `documents_loss` is
 the language loss, in nats per token, on docstrings of Python's standard library: text like that of
-the pre-training, which the language loss never trains on. The run itself is that of lamo.py.
+the pre-training, which the language loss never trains on. The run itself is that of lamo.py. To
+resume one that was stopped, call results.run, too: lamo.py does not measure these.
 """
 
 import itertools
