@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import gymnasium as gym
 import minari
@@ -208,7 +209,8 @@ def test_demo_model_equals_transformers_and_knows_english():
 def test_demo_data_can_be_made_anew(name, steps, tmp_path):
     if name == "hopper":
         pytest.importorskip("stable_baselines3", reason="pip install -r demo/requirements.txt")
-    result = command("demo/make.py", "--only", name, "--steps", steps, "--out", tmp_path)
+    out = os.path.relpath(tmp_path, HERE)
+    result = command("demo/make.py", "--only", name, "--steps", steps, "--out", out)
     assert result.returncode == 0, result.stderr
     data = tmp_path / "lamo" / name / "demo-v0"
     lamo.main(
