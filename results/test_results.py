@@ -1,6 +1,7 @@
 """Tests of the comparison: its tables against its runs, plots and timings."""
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -246,7 +247,7 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
     setting_of_lamo = settings["lamo", "locomotion"]
     for of_controls, part in enumerate(page.split("<!-- controls -->")):
         tables = re.findall(r"(?m)^\| (.*, longer) \| (.*) \|\n.*((?:\n\|.*)+)", part)
-        assert len(tables) == (1 if of_controls else 2)
+        assert len(tables) == (1 if of_controls else 3)
         for task, methods, body in tables:
             lines = re.findall(r"(?m)^\| (.*), (run of )?([\d,]+) steps \| (.*) \|$", body)
             shorter = task.removesuffix(", longer")
@@ -313,8 +314,7 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         return np.array([float(found[seed]) for seed in "012"])
 
     # By how much the held-out loss rises, in %
-    rises = {}  # since the end of a shorter run: that of the mean, and of each seed
-    within = {}  # since step 1,000 of the same run, that of the mean
+    since, within = {}, {}  # the end of a shorter run; step 1,000: of the mean, and of each seed
     for [corner, *_], _, *lines in read_tables("README.md", "held-out loss, [^|]*"):
         shorter = corner.removeprefix("held-out loss, ")
         for name, *cells in lines:
@@ -332,13 +332,12 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
                 first = of(method, "held_out_loss", "1000", task)
                 rise, by_seed = 100 * (last.mean() / first.mean() - 1), 100 * (last / first - 1)
                 assert cell == "{:+} % ({}, {}, {})".format(*map(round, (rise, *by_seed)))
-                if task == "hopper 3%":
-                    rises[method] = round(rise), *by_seed
-                elif task != shorter:
-                    within[shorter, method] = round(rise)
-    assert len(rises) == 8 and len(within) == 9 + 5
+                found = since if task == shorter else within
+                found[shorter, method] = round(rise), *by_seed
+    assert len(since) == 8 + 2 and len(within) == 9 + 2 + 5
     text = "DT's rises by {} %, LaMo's by {} %"
-    assert text.format(*(within["reacher2d 10%", name] for name in ("dt", "lamo"))) in page
+    assert text.format(*(within["reacher2d 10%", name][0] for name in ("dt", "lamo"))) in page
+    rises = {name: rise for (task, name), rise in since.items() if task == "hopper 3%"}
     model, random_trunk = tuned = "all trained", "random trunk, all trained"
     text = f"rises by {rises['dt'][0]} % for DT and by {rises[random_trunk][0]} % for the random"
     assert (
@@ -355,6 +354,29 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         for name in (random_trunk, model, "lamo")
     ]
     assert text.format(*early) in page
+
+    # In the kitchen
+    shorter, task = "kitchen-partial 10%", "kitchen-partial 10%, longer"
+    dt_rise, lamo_rise = since[shorter, "dt"], since[shorter, "lamo"]
+    text = "DT's loss rises by {} %, with each seed, and LaMo's falls by {} %: they end at"
+    assert text.format(dt_rise[0], -lamo_rise[0]) in page and min(dt_rise) > 0
+    lamo_of, dt_of = (functools.partial(of, method, task=task) for method in ("lamo", "dt"))
+    ends = [part("held_out_loss").mean() for part in (dt_of, lamo_of)]
+    assert "they end at {:.4f} and {:.4f}".format(*ends) in page
+    fit = [part("train_loss").mean() for part in (dt_of, lamo_of)]
+    assert "its loss on them ends at {:.5f}, LaMo's at {:.4f}".format(*fit) in page
+    leads = dt_of("best_score") - lamo_of("best_score")
+    text = "by {:.1f}, {:.1f} and {:.1f} points (on average"
+    assert text.format(*leads) in page and min(leads) > 0
+    pattern = rf"on average ({INTERVAL}), over all targets ({INTERVAL})"
+    for name, cell in zip(("best_score", "mean_score"), re.findall(pattern, page)[0]):
+        pair = (
+            [{str(seed): {name: x} for seed, x in enumerate(part(name))}]
+            for part in (lamo_of, dt_of)
+        )
+        check_difference(cell, *pair, name)
+    leads = of("dt", "best_score", "1000", shorter) - of("lamo", "best_score", "1000", shorter)
+    assert min(leads) > 0
 
     # The controls: what the text says of their order
     alike = [(name, lamos_setting) for name in tuned]
