@@ -513,6 +513,11 @@ def test_returns_in_the_text_are_those_of_the_runs():
     bc = [*baseline("hopper 10%", "bc", 1, "15000"), *baseline("hopper 10%", "bc", 2, "15000")]
     text = "from {:.0f} to {:.0f} with seed 1, and from {:.0f} to {:.0f} with seed 2"
     assert text.format(*bc) in page
+    text = "BC's go from {:.0f} after 5,000 steps to {:.0f} at the end with seed 1, while the other"
+    assert text.format(*baseline("hopper", "bc", 1, "5000")) in page
+    for seed in (0, 2):
+        *before, last = (of("hopper", "bc", None, seed, f"{step}000") for step in (5, 10, 15, 20))
+        assert last > max(before)
     iql = [baseline("kitchen-partial", "iql", seed, "5000") for seed in (0, 2)]
     text = (
         "from {:.2f} after 5,000 steps to {:.2f} with seed 0, and from {:.2f} to {:.2f} with seed 2"
