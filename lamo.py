@@ -1268,13 +1268,13 @@ def load_dataset(name):
 def open_dataset(folder):
     """Return the MinariDataset of a folder with data and metadata.json.
 
-    Raises InputError if a space is missing: Minari would make the recorded environment to learn it,
+    Raises ValueError if a space is missing: Minari would make the recorded environment to learn it,
     which can be any code.
     """
     metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
     for space in "observation_space", "action_space":
         if space not in metadata:
-            raise InputError(f"{folder / 'metadata.json'} has no {space}; write it with Minari 0.5")
+            raise ValueError(f"{folder / 'metadata.json'} has no {space}; write it with Minari 0.5")
     return minari.MinariDataset(folder)
 
 
