@@ -997,7 +997,7 @@ class Recorder:
         self.path = out / "log.jsonl"
         if checkpoint:
             size = checkpoint["log_size"]
-            if read_checkpoint(out)["log_size"] != size:
+            if read_checkpoint(out)["step"] != self.start:
                 raise InputError(f"another process still trains in {out}; stop it, then --resume")
             kept = self.path.read_bytes()[:size]  # forget what came after the checkpoint
             if len(kept) < size:

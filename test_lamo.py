@@ -1518,7 +1518,7 @@ def test_a_run_that_still_trains_is_not_rolled_back(tmp_path):
     lamo.train(**run)
     checkpoint = lamo.read_checkpoint(run["out"])
     log = (run["out"] / "log.jsonl").read_bytes()
-    torch.save(checkpoint | {"log_size": len(log) - 9}, run["out"] / "checkpoint.pt")
+    torch.save(checkpoint | {"step": 9}, run["out"] / "checkpoint.pt")
     with pytest.raises(InputError, match="another process still trains in .*; stop it, then"):
         lamo.train(**run, checkpoint=checkpoint)
     assert (run["out"] / "log.jsonl").read_bytes() == log
@@ -2196,12 +2196,13 @@ def test_a_dataset_without_environment_trains_without_evaluating(tmp_path, capsy
         evaluation.main([str(tmp_path / "run")])
 
 
+@pytest.mark.parametrize("options, limit", [([], 280), (["--max-steps", "9"], 9)])
 @pytest.mark.parametrize("env", [None, lamo.KITCHEN])
-def test_a_run_without_evaluation_can_be_evaluated_later(env, tmp_path, kitchen):
-    start(kitchen[0], tmp_path / "run", "--env", "none")
+def test_a_run_without_evaluation_can_be_evaluated_later(env, options, limit, tmp_path, kitchen):
+    start(kitchen[0], tmp_path / "run", "--env", "none", *options)
     run = lamo.load(tmp_path / "run")
     spec = evaluation.make_environments(env, *run).spec
-    assert spec.kwargs["tasks_to_complete"][0] == "microwave" and spec.max_episode_steps == 280
+    assert spec.kwargs["tasks_to_complete"][0] == "microwave" and spec.max_episode_steps == limit
     assert spec.kwargs["remove_task_when_completed"]
 
 
@@ -2271,9 +2272,9 @@ def test_actions_without_bounds_have_those_of_the_data(tmp_path, capsys):
 def test_the_largest_number_is_no_bound(dtype):
     limits = np.finfo(dtype) if dtype == np.float32 else np.iinfo(dtype)
     low, high = np.array([[limits.min, -2], [1, limits.max]], dtype)
-    actions = torch.tensor([[-1, 0], [0, 7]])
+    actions = torch.tensor([[-0.5, 0.0], [0.5, 7.0]])
     low, high = lamo.action_bounds(gym.spaces.Box(low, high, dtype=dtype), actions)
-    assert (low.tolist(), high.tolist()) == ([-1, -2], [1, 7])
+    assert (low.tolist(), high.tolist()) == ([-0.5, -2], [1, 7])
 
 
 def test_other_bounds_in_the_environment_than_in_the_data_are_named(capsys):

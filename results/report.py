@@ -337,7 +337,7 @@ def rises_lines(table, task):
     It is the rise of the mean over seeds, and in brackets that of each seed. A dash stands for what
     was not measured.
     """
-    shorter = task.removesuffix(", longer")
+    shorter = task.split(",")[0]
     rows = [[f"held-out loss, {shorter}", "since the end of a run of 1,000 steps"]]
     rows[0].append("since step 1,000 of the same run")
     for method in dict.fromkeys([*LONGER["longer"], *LONGER["controls"]]):
