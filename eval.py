@@ -183,7 +183,7 @@ class Environments:
         self.spec, self.num_envs, self.render_mode = spec, min(num_envs, NUM_ENVS), render_mode
         self.envs = [self.make()]
         self.observation_space, self.action_space = policy_spaces(self.envs[0])
-        self.envs[0].reset(seed=0)  # fails now, if ever
+        self.envs[0].reset(seed=0)  # if it fails, then now, not in the middle of a run
         draws = len(self.observation_space.shape) == 3 and not spec.id.startswith("ALE/")
         self.map = map if draws else ThreadPoolExecutor(os.cpu_count()).map
 

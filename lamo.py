@@ -10,12 +10,15 @@ LaMo has four parts:
   1. the trunk starts from the weights of a language model    GPT2.from_pretrained, CausalLM
   2. the trunk stays frozen, and LoRA adapts it               LoRALinear, GPT2.add_lora
   3. MLPs embed returns, states and actions                   Embedder
-  4. a language loss on text joins the action loss            train_step
+  4. a language loss on text joins the action loss            LaMo.forward, train_step
 
     python lamo.py --env hopper --ratio 0.1                                      # one GPU
     torchrun --standalone --nproc-per-node 2 lamo.py --env hopper --ratio 0.1    # two GPUs
 
 Without a GPU, the first command runs a small demo and says so.
+
+`main` reads the options, `prepare` loads the data and builds the model (`build_trunk` puts parts 1
+and 2 together), and `train` is the loop: `draw` a batch, take a `train_step`.
 
 Shapes: B windows in a batch, K steps in a window, D the width of the model, S the size of a state,
 A the size of an action, T tokens of text, or steps of a trajectory. Returns, states and actions are
@@ -183,8 +186,8 @@ class Config:
     env: str | None = option(
         "hopper",
         f"{', '.join(TASKS)}; or any environment, as a Gymnasium id or module:id; none: do not"
-        " evaluate; eval: the one that the dataset names for evaluations; default: hopper, or the"
-        " one in which the dataset was recorded",
+        " evaluate; eval: the one that the dataset names for evaluations; default: hopper; with"
+        " --data, the one in which the dataset was recorded",
     )
     data: str | None = option(None, "Minari dataset, id or folder; default: the task's")
     ratio: float = option(1.0, "share of the trajectories to train on", type=number(float, 1e-9, 1))
@@ -255,21 +258,21 @@ class Config:
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A dropout(x): W is frozen, A and B train (Hu et al. 2021).
 
-    As in the authors' code, b trains, too. GPT-2's queries, keys and values are one layer of three
-    `parts`. Each part has an A (r, in) and a B (out / parts, r) of its own. The fused layers of
-    other models count as one part.
+    As in the authors' code, b trains, too. GPT-2's queries, keys and values are three projections,
+    `fused` in one layer: each has an A (r, in) and a B (out / 3, r) of its own. The fused layers of
+    other models count as one projection.
     """
 
-    def __init__(self, linear, rank, alpha, dropout, parts):
+    def __init__(self, linear, rank, alpha, dropout, fused):
         super().__init__()
         out_features, in_features = linear.weight.shape
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias  # some models have none
         if self.bias is not None:
             self.bias.requires_grad_(True)
-        self.A = nn.Parameter(torch.empty(parts, rank, in_features))
+        self.A = nn.Parameter(torch.empty(fused, rank, in_features))
         # B starts at zero: at first, the layer computes what `linear` did.
-        self.B = nn.Parameter(torch.zeros(parts, out_features // parts, rank))
+        self.B = nn.Parameter(torch.zeros(fused, out_features // fused, rank))
         for A in self.A:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.scale = alpha / rank
@@ -277,14 +280,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)"""
+        if self.training or torch.is_autocast_enabled(x.device.type):
+            dropped = self.dropout(x)
+            updates = [dropped @ A.T @ B.T for A, B in zip(self.A, self.B)]  # (..., out / 3) each
+            return F.linear(x, self.weight, self.bias) + self.scale * torch.cat(updates, dim=-1)
         # Nothing is dropped in evaluation mode, so one product with W + (alpha / r) B A is enough.
-        # In bfloat16, that would round differently than in training.
-        if not self.training and not torch.is_autocast_enabled(x.device.type):
-            update = (self.B @ self.A).flatten(0, 1)  # (out, in)
-            return F.linear(x, self.weight + self.scale * update, self.bias)
-        dropped = self.dropout(x)
-        updates = [dropped @ A.T @ B.T for A, B in zip(self.A, self.B)]  # (..., out / parts) each
-        return F.linear(x, self.weight, self.bias) + self.scale * torch.cat(updates, dim=-1)
+        # In bfloat16 it would not be: the sum would be rounded.
+        update = (self.B @ self.A).flatten(0, 1)  # (out, in)
+        return F.linear(x, self.weight + self.scale * update, self.bias)
 
 
 # -------------------------------------------------------------------------------- GPT-2: part 1
@@ -406,7 +409,7 @@ class GPT2(nn.Module):
         """Freeze all weights, then add LoRA to queries, keys and values: LaMo's part 2."""
         self.requires_grad_(False)
         for block in self.h:
-            block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout, parts=3)
+            block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout, fused=3)
 
     def forward(self, x):
         """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before.
@@ -472,7 +475,7 @@ class CausalLM(nn.Module):
         for parent in [*decoder.modules()]:
             for name, layer in [*parent.named_children()]:
                 if name in self.PROJECTIONS:
-                    adapted = LoRALinear(as_linear(layer), rank, alpha, dropout, parts=1)
+                    adapted = LoRALinear(as_linear(layer), rank, alpha, dropout, fused=1)
                     setattr(parent, name, adapted)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             names = ", ".join(self.PROJECTIONS)
@@ -499,7 +502,7 @@ def as_linear(layer):
     return linear
 
 
-# -------------------------------------------------------------------------------- LaMo: parts 3, 4
+# -------------------------------------------------------------------------------- LaMo: part 3
 class Embedder(nn.Module):
     """h = W1 x + b1, e = h + W2 gelu(h) + b2: LaMo's part 3 (paper, section 4).
 
@@ -589,6 +592,7 @@ class LaMo(nn.Module):
         self.embed_action = embedder(A, D)
         self.embed_timestep = nn.Embedding(max_timesteps, D)
         self.embed_ln = nn.LayerNorm(D)
+        # As in the authors' code, only the linear head ends in a tanh; `act` clamps the actions.
         if embed == "mlp":
             self.action_head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, A))
         elif discrete:
@@ -772,7 +776,8 @@ class Text:
     Args:
         tokens, held_out: arrays of token ids.
         block: T, the tokens in a crop.
-        first: the id that each crop starts with, for a model whose texts all do; else None.
+        first: the id that replaces the first token of each crop, for a model whose texts all start
+            with it; else None.
     """
 
     def __init__(self, tokens, held_out, block, device="cpu", first=None):
@@ -810,7 +815,7 @@ class Text:
         return float(np.mean([trunk.language_loss(block).item() for block in blocks.split(1)]))
 
 
-# -------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------- training: part 4
 LOG_EVERY = 50  # training steps
 SAVE_EVERY = 60  # seconds
 
@@ -836,8 +841,9 @@ def learning_rate(step, config):
 def draw(trajectories, text, config, step):
     """Return a training step's batch of windows, and of text (None without it).
 
-    Each step has its own seed, so that a resumed run draws what it would have drawn. Under torchrun
-    all processes draw the same batch, and each takes its share: together they do what one would.
+    Each step has its own seed, which no other --seed shares, so that a resumed run draws what it
+    would have drawn. Under torchrun all processes draw the same batch, and each takes its share:
+    together they do what one would.
     """
     seed = config.seed * config.steps + step
     torch.manual_seed(seed)
@@ -896,7 +902,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
     with StopSignals(run_argument(out, config.env)) as signals:
         steps = range(recorder.start, config.steps + 1)  # step: how many were taken so far
-        # An iteration logs, saves and evaluates the model after `step` steps, then takes the next.
+        # An iteration logs, saves and evaluates the model as it is, then takes the next step.
         for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
             evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
             stopping = in_any_process(signals.received)
@@ -1259,7 +1265,7 @@ def load_dataset(name):
             f"--data {name} is neither a folder nor an id, such as mujoco/hopper/medium-v0"
         )
     namespace, _, rest = name.partition("/")
-    # The small file first: between the two look-ups, the repository has little time to change.
+    # The small file first: the two look-ups follow closely, so that both find the same version.
     for filename in ("metadata.json", "main_data.hdf5"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
     return open_dataset(path.parent)
@@ -1268,8 +1274,8 @@ def load_dataset(name):
 def open_dataset(folder):
     """Return the MinariDataset of a folder with data and metadata.json.
 
-    Raises ValueError if a space is missing: Minari would make the recorded environment to learn it,
-    which can be any code.
+    Raises ValueError if a space is missing: to learn it, Minari would make the recorded
+    environment, and so run any code that the file names.
     """
     metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
     for space in "observation_space", "action_space":
@@ -1463,6 +1469,7 @@ def write_checkpoint(path, model, header, state):
     """Write a checkpoint. Of a frozen language model it has the checksum, not the weights."""
     weights = model.state_dict()
     if header["lm_checksum"]:
+        # Tied weights have several names.
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 del weights[name]
@@ -1588,7 +1595,7 @@ def prepare(config, title):
     largest = max(abs(np.array([*returns, *config.targets])))
     power_of_ten = 10.0 ** round(math.log10(largest)) if largest > 0 else 1.0
     reference = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
-    # It may have none, or none to divide by.
+    # They may be missing, not finite, or equal.
     if None in reference or not np.isfinite(reference).all() or reference[0] == reference[1]:
         reference = task.reference
 
@@ -1663,8 +1670,8 @@ def action_bounds(space, actions):
 def episode_limit(config, spec, trajectories):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
-    Where the environment has no limit, it is the length of the longest trajectory. The same holds
-    if --env names no task, and that trajectory was cut off before a tenth of the environment's.
+    Where the environment has no limit, it is the length of the longest trajectory. So it is where
+    --env names no task, and that trajectory was cut off before a tenth of the environment's limit.
     """
     if config.max_steps:
         return config.max_steps
@@ -1786,8 +1793,8 @@ def parse(arguments, program="lamo.py"):
 def configure(given):
     """Return the Config of the given options, and the title of the run.
 
-    From the strongest to the weakest: what is given, the method's values, the task's settings, the
-    demo's if it is one, the task's data, targets and context, the defaults.
+    Where several of these set an option, the first one counts: the command line, the method, the
+    task's settings, the demo's (if it is one), the task's data, targets and context, the defaults.
     """
     given = with_full_paths(given)
     if "data" in given:
@@ -1854,7 +1861,7 @@ def fetch(config):
         load_dataset(config.data)
     if config.lang_coef > 0:
         load_tokenizer(config.lm)
-        wikitext_files()
+        wikitext_files()  # `demo.reason` never fetches if --text is given
 
 
 @contextmanager

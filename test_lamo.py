@@ -313,7 +313,7 @@ def test_language_loss_equals_transformers(lm_folder):
 def test_lora_follows_the_formula_and_starts_as_the_original():
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(16, 48), torch.randn(5, 7, 16)
-    lora = LoRALinear(linear, rank=4, alpha=8, dropout=0.0, parts=3)
+    lora = LoRALinear(linear, rank=4, alpha=8, dropout=0.0, fused=3)
     assert torch.equal(lora(x), linear(x))
     torch.nn.init.normal_(lora.B)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_lora_follows_the_formula_and_starts_as_the_original():
         torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(lora.eval()(x), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(lora.train()(x[0]), expected[0], atol=1e-5, rtol=0)
-    lora = LoRALinear(torch.nn.Linear(400, 1200), rank=16, alpha=8, dropout=0.0, parts=3)
+    lora = LoRALinear(torch.nn.Linear(400, 1200), rank=16, alpha=8, dropout=0.0, fused=3)
     assert lora.A.shape == (3, 16, 400) and lora.B.shape == (3, 400, 16) and not lora.B.any()
     bound = math.sqrt(
         1 / 400
@@ -335,7 +335,7 @@ def test_lora_follows_the_formula_and_starts_as_the_original():
 
 def test_lora_in_bfloat16_computes_what_it_was_trained_for():
     torch.manual_seed(0)
-    lora, x = LoRALinear(torch.nn.Linear(64, 192), 4, 8, 0.0, parts=3), torch.randn(9, 64)
+    lora, x = LoRALinear(torch.nn.Linear(64, 192), 4, 8, 0.0, fused=3), torch.randn(9, 64)
     lora.weight.data = lora.weight.data.bfloat16()
     torch.nn.init.normal_(lora.B, std=1e-3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
