@@ -486,11 +486,14 @@ def make_environments(env, policy, config, header):
 
     Raises ValueError if the policy was trained on other observations or actions.
     """
+    import lamo
+
     if env:
         spec = spec_of(env, header["env_spec"])
     else:
         spec = spec_from_json(header["env_spec"])
-    spec.max_episode_steps = config.max_steps or spec.max_episode_steps or policy.max_timesteps
+    longest = policy.max_timesteps, header["longest_was_cut"]
+    spec.max_episode_steps = lamo.episode_limit(config, spec, *longest)
     environments = Environments(spec)
 
     def describe(observation_shape, action_size, discrete):
@@ -545,6 +548,8 @@ def main(arguments):
     seed = lamo.first_seed(config) if options.seed is None else options.seed
     with lamo.on_error("cannot make the environment; name one with --env ID or --env module:ID"):
         environments = make_environments(options.env, policy, config, header)
+    spec = environments.spec
+    print(f"env     {spec.id}, episodes of at most {spec.max_episode_steps} steps")
     reference = header["reference"]
     scores = evaluate(policy, environments, targets, episodes, seed, reference, config.delayed)
     print(format_scores(scores, reference))
@@ -556,9 +561,7 @@ def main(arguments):
         with lamo.on_error(
             f"cannot render {options.video}; if MuJoCo fails, try MUJOCO_GL=egl or MUJOCO_GL=osmesa"
         ):
-            total, length = record(
-                policy, environments.spec, float(target), seed, options.video, config.delayed
-            )
+            total, length = record(policy, spec, float(target), seed, options.video, config.delayed)
         print(f"{options.video}: target {target}, return {total:.1f}, {length} steps")
 
 

@@ -57,6 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import constants, get_session, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from minari.dataset.minari_storage import is_image_space
 from pyarrow import parquet
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -246,7 +247,7 @@ class Config:
     eval_every: int = option(2500, "training steps between two evaluations", type=COUNT)
 
     # run
-    seed: int = option(0, "seed of everything random", type=number(int, 0, 1_000_000))
+    seed: int = option(0, "seed of everything random", type=number(int, 0, 400_000))
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     out: str | None = option(
         None, "folder; default: runs/<env or data>-<method>-<ratio>-<seed>[-demo]"
@@ -441,8 +442,9 @@ class CausalLM(nn.Module):
     dropout are the model's own. Raises InputError if the model is not causal.
     """
 
-    # Queries, keys and values: separate, or fused in one layer
+    # Queries, keys and values: separate, fused in one layer, of linear or of latent attention
     PROJECTIONS = "q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn"
+    PROJECTIONS += "in_proj_qkv", "in_proj_qkvz", "q_b_proj", "kv_b_proj"
 
     def __init__(self, theirs, bf16=False):
         super().__init__()
@@ -472,14 +474,21 @@ class CausalLM(nn.Module):
                     parameter.data = parameter.data.bfloat16()
         # Only the part that reads text: some models also have a vision tower.
         decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model
+        adapted = set()  # the attention of each layer
         for parent in [*decoder.modules()]:
             for name, layer in [*parent.named_children()]:
                 if name in self.PROJECTIONS:
-                    adapted = LoRALinear(as_linear(layer), rank, alpha, dropout, fused=1)
-                    setattr(parent, name, adapted)
-        if not any(parameter.requires_grad for parameter in self.parameters()):
+                    lora = LoRALinear(as_linear(layer), rank, alpha, dropout, fused=1)
+                    setattr(parent, name, lora)
+                    adapted.add(parent)
+        if not adapted:
             names = ", ".join(self.PROJECTIONS)
             raise InputError(f"LoRA finds none of {names} in --lm; add --lora-rank 0 --lang-coef 0")
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if len(adapted) < layers:
+            print(
+                f"LoRA finds queries, keys and values in {len(adapted)} of --lm's {layers} layers"
+            )
 
     def forward(self, x):
         """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before."""
@@ -935,7 +944,7 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
 def first_seed(config):
     """Return the simulator's seed of the first evaluation episode; no two --seed share one."""
-    return 10_000 * config.seed  # --episodes is at most 10,000
+    return 10_000 * config.seed  # --episodes is at most 10,000, and seeds stay below 2**32
 
 
 def run_argument(out, env):
@@ -1080,7 +1089,7 @@ class Recorder:
 # -------------------------------------------------------------------------------- several GPUs
 def join_processes():
     """Join the processes that torchrun started, one for each GPU. Only the first of them prints."""
-    if "LOCAL_RANK" not in os.environ:
+    if not dist.is_torchelastic_launched():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -1183,14 +1192,15 @@ def load_causal_lm(name):
     advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
     with on_error(f"{advice}; check the name and the network"):
         config = from_transformers("AutoConfig", name)
-    with on_error(f"cannot load --lm {name}; if it is damaged, get it again"):
+    with on_error(f"cannot load --lm {name}; get it again, or take another"):
         if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
             raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder-only model")
         model, problems = from_transformers("AutoModelForCausalLM", name, output_loading_info=True)
+        model = model.float()  # not if it is quantised
     if problems["missing_keys"]:
         missing = ", ".join(sorted(problems["missing_keys"]))
         raise InputError(f"--lm {name} lacks weights: {missing}")
-    return model.float()
+    return model
 
 
 def load_tokenizer(name):
@@ -1435,7 +1445,7 @@ def recorded_spec(recorded, env):
 
 
 # -------------------------------------------------------------------------------- checkpoints
-VERSION = 4  # of the format
+VERSION = 5  # of the format
 
 
 def checksum(arrays):
@@ -1518,7 +1528,7 @@ def load(folder, device="cpu", lm=None):
 def set_up_device(device):
     """Let a GPU multiply in TF32. Raises InputError if this machine lacks the device."""
     with on_error(f"cannot use --device {device}; name one that this machine has"):
-        torch.zeros(1, dtype=torch.float64, device=device)  # some devices have no float64
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # some have no float64
     torch.set_float32_matmul_precision("high")
 
 
@@ -1571,6 +1581,8 @@ def prepare(config, title):
             dataset, config.ratio, config.seed, config.delayed, config.device
         )
         observation_space, action_space = policy_spaces(dataset)
+    longest = int(trajectories.lengths.max())
+    longest_was_cut = not trajectories.terminated[trajectories.lengths.argmax()]
     environments = None
     if config.env != "none":
         with on_error(
@@ -1578,7 +1590,7 @@ def prepare(config, title):
             " without: --env none"
         ):
             spec = evaluation_spec(dataset, config.env)
-            spec.max_episode_steps = episode_limit(config, spec, trajectories)
+            spec.max_episode_steps = episode_limit(config, spec, longest, longest_was_cut)
             environments = Environments(spec)
             check_spaces(dataset, environments.envs[0])
             action_space = environments.action_space  # its bounds are those of rollouts
@@ -1586,6 +1598,9 @@ def prepare(config, title):
     count = f"{len(returns)} of {dataset.total_episodes} trajectories"
     print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}")
+    if is_image_space(dataset.storage.observation_space):
+        if getattr(dataset.storage, "jpeg_encoding", True):  # Minari 0.5.3 always compresses
+            print("its images are compressed (JPEG), those of the environment are not")
     if environments:
         print(f"env     {spec.id}, episodes of at most {spec.max_episode_steps} steps")
 
@@ -1602,7 +1617,7 @@ def prepare(config, title):
     # The policy
     low, high = action_bounds(action_space, trajectories.actions)
     arguments = {
-        "max_timesteps": int(trajectories.lengths.max()),
+        "max_timesteps": longest,
         "return_scale": float(task.return_scale or power_of_ten),
         "state_mean": trajectories.state_mean.tolist(),
         "state_std": trajectories.state_std.tolist(),
@@ -1641,6 +1656,7 @@ def prepare(config, title):
         "arguments": arguments,
         "reference": reference,
         "env_spec": spec_json,
+        "longest_was_cut": longest_was_cut,
         "trajectories": len(returns),
         "text_loss": text_loss,
         "lm_checksum": lm_checksum,
@@ -1667,7 +1683,7 @@ def action_bounds(space, actions):
     return low, high
 
 
-def episode_limit(config, spec, trajectories):
+def episode_limit(config, spec, longest, longest_was_cut):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
     Where the environment has no limit, it is the length of the longest trajectory. So it is where
@@ -1675,9 +1691,8 @@ def episode_limit(config, spec, trajectories):
     """
     if config.max_steps:
         return config.max_steps
-    limit, longest = spec.max_episode_steps, int(trajectories.lengths.max())
-    was_cut = not trajectories.terminated[trajectories.lengths.argmax()]
-    if not limit or (limit > 10 * longest and was_cut and config.env not in TASKS):
+    limit = spec.max_episode_steps
+    if not limit or (limit > 10 * longest and longest_was_cut and config.env not in TASKS):
         return longest
     return limit
 
@@ -1896,6 +1911,11 @@ def resume(out, given):
         raise InputError(f"the run evaluates in {where}; --resume takes no other --env")
 
     print(header["title"], flush=True)
+    if checkpoint["step"] == config.steps and (out / "scores.json").exists():
+        print(
+            f"the run has ended; evaluate it again: python eval.py {run_argument(out, config.env)}"
+        )
+        return
     run(config, header["title"], out, checkpoint)
 
 
@@ -1906,7 +1926,7 @@ def main(arguments):
     if "resume" in given:
         return resume(Path(given.pop("resume")), given)
     config, title = configure(given)
-    name = config.env if config.env in TASKS else config.data.strip("/").replace("/", "-")
+    name = config.env if config.env in TASKS else re.sub(r"[^\w.-]+", "-", config.data.strip("/"))
     name = f"{name}-{config.method}-{config.ratio:g}-{config.seed}"
     out = Path(config.out or f"runs/{name}{'-demo' if config.demo else ''}")
     print(title, flush=True)
@@ -1920,7 +1940,10 @@ def run_command(main, program):
         signal.signal(signum, lambda *_: sys.exit(1))
     try:
         main(sys.argv[1:])
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not no_memory:
+            raise
         stream = sys.stderr if rank_and_world()[0] == 0 else sys.__stderr__
         print(f"{program}: error: {error}", file=stream)
         sys.exit(2)

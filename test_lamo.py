@@ -439,6 +439,37 @@ def test_a_vision_tower_gets_no_lora():
     assert len(adapted) == 6 and all(part.B.grad is not None for part in adapted)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Lfm2Config"), reason="transformers is older")
+def test_layers_without_lora_are_counted(capsys):
+    types = ["conv", "full_attention", "conv", "conv"]
+    for layer_types, line in (types, "1 of --lm's 4 layers"), (4 * types[1:2], ""):
+        config = transformers.Lfm2Config(
+            **MODERN | {"num_hidden_layers": 4, "layer_types": layer_types}
+        )
+        CausalLM(AutoModelForCausalLM.from_config(config)).add_lora(4, 8.0, 0.0)
+        assert line in capsys.readouterr().out or not line
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV3Config"), reason="transformers is older")
+@pytest.mark.parametrize("q_lora_rank", [None, 16])
+def test_latent_attention_gets_lora(q_lora_rank):
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(
+        **MODERN | latent | {"q_lora_rank": q_lora_rank, "num_key_value_heads": 4},
+        first_k_dense_replace=2,
+    )
+    trunk = CausalLM(AutoModelForCausalLM.from_config(config))
+    trunk.add_lora(4, 8.0, 0.0)
+    names = {n.split(".")[-1] for n, part in trunk.named_modules() if isinstance(part, LoRALinear)}
+    assert names == {"q_b_proj" if q_lora_rank else "q_proj", "kv_b_proj"}
+
+
+def test_a_quantised_model_is_refused(lm_folder, monkeypatch):
+    monkeypatch.setattr(GPT2LMHeadModel, "is_quantized", True, raising=False)
+    with pytest.raises(InputError, match="cannot load --lm .*not supported for quantized"):
+        lamo.load_causal_lm(lm_folder)
+
+
 @pytest.mark.skipif(not hasattr(transformers, "Llama4TextConfig"), reason="transformers is older")
 def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path, lm_folder):
     """The inner model of a Llama 4 returns logits."""
@@ -1556,13 +1587,23 @@ def test_what_is_not_installed_is_named_with_its_remedy():
             raise error from ModuleNotFoundError("No module named 'pygame'")
 
 
-def test_too_little_memory_ends_in_one_line(capsys):
-    def main(_):
-        np.empty(10**15)
-
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
+def test_too_little_memory_ends_in_one_line(allocate, capsys):
     with pytest.raises(SystemExit, match="2"):
-        lamo.run_command(main, "lamo.py")
-    assert capsys.readouterr().err.startswith("lamo.py: error: Unable to allocate")
+        lamo.run_command(lambda _: allocate(10**15), "lamo.py")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("lamo.py: error: ") and "allocate" in line
+
+
+def test_an_error_of_the_code_is_no_mistake_of_the_user():
+    with pytest.raises(RuntimeError, match="shape"):
+        lamo.run_command(lambda _: torch.zeros(2) @ torch.zeros(3, 3), "lamo.py")
+
+
+def test_torchruns_variable_alone_starts_no_processes(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    lamo.join_processes()
+    assert lamo.rank_and_world() == (0, 1)
 
 
 def test_a_signal_lets_the_step_finish_and_a_second_one_does_not(tmp_path, monkeypatch):
@@ -1829,6 +1870,11 @@ def play(env, episodes=4, steps=8, actions=None):
 def change_metadata(folder, **changes):
     path = folder / "data" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def reopen(out):
+    """Make a run look as if it had been stopped in its last evaluation."""
+    (out / "scores.json").unlink()
 
 
 def start(data, out, *options):
@@ -2146,11 +2192,18 @@ def test_an_environment_with_other_choices_is_refused():
         with pytest.raises(InputError, match="the data has"):
             lamo.check_spaces(SimpleNamespace(observation_space=box, action_space=other), env)
 
-    policy, sizes = SimpleNamespace(image_shape=None), (torch.zeros(11), torch.zeros(3))
+    policy, sizes = (
+        SimpleNamespace(image_shape=None, max_timesteps=999),
+        (torch.zeros(11), torch.zeros(3)),
+    )
     policy.state_mean, policy.action_center = sizes
     for policy.discrete in (False, True):
         make = functools.partial(
-            evaluation.make_environments, "Hopper-v5", policy, Config(), {"env_spec": None}
+            evaluation.make_environments,
+            "Hopper-v5",
+            policy,
+            Config(),
+            {"env_spec": None, "longest_was_cut": True},
         )
         if policy.discrete:
             with pytest.raises(ValueError, match="actions of 3 numbers, but .* 3 choices"):
@@ -2315,6 +2368,16 @@ def test_the_longest_episode_follows_the_data(
     assert json.loads(header["env_spec"])["max_episode_steps"] == expected
     assert policy.max_timesteps == 11  # no timestep that the data does not have
     assert read_scores(tmp_path / "run")["best"]["length_mean"] <= expected
+
+    # Evaluated later
+    start(folder, tmp_path / "later", *options, "--env", "none")
+    run = lamo.load(tmp_path / "later")
+    assert evaluation.make_environments(None, *run).spec.max_episode_steps == expected
+    # In an environment that text cannot express; the registered limit is 1,000
+    *_, header = run = lamo.load(tmp_path / "run")
+    header["env_spec"] = None
+    limit = evaluation.make_environments("Hopper-v5", *run).spec.max_episode_steps
+    assert limit == (expected if options else 1000 if terminates else 11)
 
 
 def test_a_run_in_which_every_episode_fails_has_no_best(tmp_path):
@@ -2553,6 +2616,16 @@ print(peak * 1024 / trajectories.states.nbytes)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("side, is_compressed", [(31, False), (32, True)])
+def test_compressed_images_are_named(side, is_compressed, tmp_path, capsys):
+    """Minari stores images of 32 x 32 pixels and more as JPEG."""
+    space = gym.spaces.Box(0, 255, (side, side, 3), np.uint8)
+    spaces = {"observation_space": space, "action_space": gym.spaces.Discrete(2)}
+    episodes = [(np.zeros((6, *space.shape), np.uint8), [0] * 5, np.ones(5))]
+    start(save_dataset("test/jpeg-v0", None, episodes, **spaces), tmp_path / "run", "--env", "none")
+    assert ("compressed (JPEG)" in capsys.readouterr().out) == is_compressed
+
+
 def test_images_take_little_more_memory_than_themselves():
     rng = np.random.default_rng(0)
     space = gym.spaces.Box(0, 255, (31, 31, 30), np.uint8)  # not JPEG, which would take long
@@ -2699,6 +2772,7 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
     scores = read_scores(tmp_path / "my run")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    reopen(tmp_path / "my run")
     lamo.main(["--resume", "../my run"])
     evaluation.main(["../my run"])
     for name in ("my lm", "my data", "my text.txt", "my run"):
@@ -2714,7 +2788,9 @@ def test_a_run_finds_its_files_from_another_directory_or_is_told(tmp_path, monke
         "--text",
         "../moved my text.txt",
     ]
+    reopen(tmp_path / "moved my run")
     lamo.main(["--resume", "../moved my run", *moved])
+    reopen(tmp_path / "moved my run")
     lamo.main(["--resume", "../moved my run"])  # knows now where they are
     evaluation.main(["../moved my run"])
     assert read_scores(tmp_path / "moved my run")["targets"] == scores["targets"]
@@ -3224,7 +3300,7 @@ BAD_OPTIONS = [
     ("--lm {bad}/remote", "custom code|trust_remote_code"),
     ("--lm {bad}/unknown", "cannot find a language model"),
     ("--lm {bad}/wide", "cannot load --lm"),
-    ("--lm {bad}/cut-weights", "if it is damaged, get it again"),
+    ("--lm {bad}/cut-weights", "get it again, or take another"),
     ("--lm {bad}/lacking-weights", "h.1.mlp.c_fc.weight"),
     ("--lm {bad}/untied", "lacks weights: lm_head"),
     ("--lm {bad}/few-words", "100 tokens"),
@@ -3234,6 +3310,7 @@ BAD_OPTIONS = [
     ("--text {bad}/binary.txt", "UTF-8"),
     ("--text {bad}/missing.txt", "missing.txt"),
     ("--text {bad}/folder", "folder"),
+    ("--device meta", "cannot use --device meta"),
     ("--out {bad}", "--out"),
     ("--out {bad}/short.txt/run", "--out"),
 ]
@@ -3244,7 +3321,7 @@ BAD_RESUMES = [
     ("--resume {bad}/cut", "cut"),
     ("--steps 1 --resume {bad}", "only --device"),
     ("--resume {bad}/altered", "checkpoint.pt"),
-    ("--resume {bad}/old", "version 3"),
+    ("--resume {bad}/old", "it has version .; this code reads"),
     ("--resume {bad}/other-lm", "language model is not the one"),
     ("--resume {run} --env none", "the run evaluates in hopper; --resume takes no other --env"),
 ]
@@ -3406,8 +3483,17 @@ def test_a_process_that_is_not_the_first_removes_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+def test_a_run_that_has_ended_stays_as_it_is(trained, tmp_path, capsys):
+    out = shutil.copytree(trained[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    lamo.main(["--resume", str(out)])
+    assert f"the run has ended; evaluate it again: python eval.py {out}" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_resumed_run_that_fails_keeps_its_folder(trained, tmp_path, monkeypatch):
     out = shutil.copytree(trained[0], tmp_path / "run")
+    reopen(out)
 
     def fail(*_):
         (out / "checkpoint.pt").unlink()
@@ -3428,7 +3514,9 @@ def test_a_run_whose_data_or_text_has_changed_is_not_resumed(tmp_path, lm_folder
     )
     text.write_text(20 * WORDS)
     lamo.main(f"{SHORT} --data {data} --text {text} --lm {lm_folder} --out {out}".split())
+    reopen(out)
     lamo.main(["--resume", str(out)])
+    reopen(out)
     before = (out / "checkpoint.pt").read_bytes()
     text.write_text(20 * WORDS + "the end")
     with pytest.raises(InputError, match="text.txt is not what it was"):
