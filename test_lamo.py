@@ -2615,7 +2615,6 @@ print(peak * 1024 / trajectories.states.nbytes)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("side, is_compressed", [(31, False), (32, True)])
 def test_compressed_images_are_named(side, is_compressed, tmp_path, capsys):
     """Minari stores images of 32 x 32 pixels and more as JPEG."""
@@ -2626,6 +2625,7 @@ def test_compressed_images_are_named(side, is_compressed, tmp_path, capsys):
     assert ("compressed (JPEG)" in capsys.readouterr().out) == is_compressed
 
 
+@pytest.mark.slow
 def test_images_take_little_more_memory_than_themselves():
     rng = np.random.default_rng(0)
     space = gym.spaces.Box(0, 255, (31, 31, 30), np.uint8)  # not JPEG, which would take long
