@@ -112,6 +112,7 @@ QUESTIONS = [  # in the order in which they are answered: tasks, and the methods
     (["reacher2d"], ["wiki-rl"]),
     (["reacher2d"], CHEAP_BASELINES),
     (["hopper 3%, longer", "kitchen-partial 10%, longer"], LAMO_AND_DT + TRAINED),
+    (["hopper 3%", "kitchen-partial 10%"], TRAINED),
     ([*LESS_KITCHEN, *LESS_HOPPER, *OTHER_TASKS, *HARDER], ["wiki-rl"]),
     (["kitchen-partial", "hopper 10%", "walker2d"], VARIANTS),
     (SIX, BASELINES),
@@ -241,7 +242,8 @@ def train(job):
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(f"{command} failed: {done.stderr.splitlines()[-1]}")
+            cause = done.stderr.splitlines()[-1:] or [f"code {done.returncode}"]
+            raise RuntimeError(f"{command} failed: {cause[0]}")
         rows = read_rows(out)
     minutes = (time.monotonic() - started) / 60
     write_rows([dict(zip(COLUMNS, job)) | row | {"minutes": minutes} for row in rows])

@@ -334,7 +334,7 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
                 assert cell == "{:+} % ({}, {}, {})".format(*map(round, (rise, *by_seed)))
                 found = since if task == shorter else within
                 found[shorter, method] = round(rise), *by_seed
-    assert len(since) == 8 + 2 and len(within) == 9 + 2 + 5
+    assert len(since) == 8 + 4 and len(within) == 9 + 4 + 5
     text = "DT's rises by {} %, LaMo's by {} %"
     assert text.format(*(within["reacher2d 10%", name][0] for name in ("dt", "lamo"))) in page
     rises = {name: rise for (task, name), rise in since.items() if task == "hopper 3%"}
@@ -364,7 +364,7 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     ends = [part("held_out_loss").mean() for part in (dt_of, lamo_of)]
     assert "they end at {:.4f} and {:.4f}".format(*ends) in page
     fit = [part("train_loss").mean() for part in (dt_of, lamo_of)]
-    assert "its loss on them ends at {:.5f}, LaMo's at {:.4f}".format(*fit) in page
+    assert "DT's loss on them ends at {:.5f}, LaMo's at {:.4f}".format(*fit) in page
     leads = dt_of("best_score") - lamo_of("best_score")
     text = "by {:.1f}, {:.1f} and {:.1f} points (on average"
     assert text.format(*leads) in page and min(leads) > 0
@@ -377,6 +377,13 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         check_difference(cell, *pair, name)
     leads = of("dt", "best_score", "1000", shorter) - of("lamo", "best_score", "1000", shorter)
     assert min(leads) > 0
+
+    text = "the language model's falls by {} % and the random trunk's {} by {} %: they end at"
+    falls, rise = (since[shorter, name][0] for name in tuned)
+    assert text.format(-falls, "rises" if rise > 0 else "falls", abs(rise)) in page
+    assert max(since[shorter, model]) < 0
+    ends = [of(name, "held_out_loss", task=task).mean() for name in tuned]
+    assert "they end at {:.4f} and {:.4f}. So, without".format(*ends) in page
 
     # The controls: what the text says of their order
     alike = [(name, lamos_setting) for name in tuned]
@@ -394,7 +401,9 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
     assert "its loss on its own trajectories is {:.4f}, LaMo's {:.4f}".format(*fit) in page
 
     # The scores at the end
-    for text, first, second, name in (
+    for text, first, second, name, *elsewhere in (
+        ("language model minus random: ", *tuned[::-1], "best_score", task),
+        ("; over all targets ", *tuned[::-1], "mean_score", task),
         ("DT minus LaMo: ", "lamo", "dt", "best_score"),
         ("random minus language model: ", *tuned, "best_score"),
         ("both with LaMo's setting: ", *alike, "best_score"),
@@ -404,7 +413,10 @@ def test_the_text_on_longer_training_says_what_the_runs_do():
         (", the third ", *alike, "mean_score"),
         (", the last ", "lamo", frozen, "mean_score"),
     ):
-        ours, theirs = of(first, name), of(second, name)
+        ours, theirs = (
+            of(method, name, task=elsewhere[0] if elsewhere else "hopper 3%, longer")
+            for method in (first, second)
+        )
         if name == "best_score":
             assert "by {:.1f}, {:.1f} and {:.1f} points ({}".format(*ours - theirs, text) in page
         [cell] = re.findall(rf"{text}([-+][^()]+\([^()]+\))", page)
