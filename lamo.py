@@ -260,8 +260,8 @@ class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A dropout(x): W is frozen, A and B train (Hu et al. 2021).
 
     As in the authors' code, b trains, too. GPT-2's queries, keys and values are three projections,
-    `fused` in one layer: each has an A (r, in) and a B (out / 3, r) of its own. The fused layers of
-    other models count as one projection.
+    `fused` in one layer: each has an A (r, in) and a B (out / fused, r) of its own. The fused layers
+    of other models count as one projection.
     """
 
     def __init__(self, linear, rank, alpha, dropout, fused):
@@ -283,7 +283,7 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out)"""
         if self.training or torch.is_autocast_enabled(x.device.type):
             dropped = self.dropout(x)
-            updates = [dropped @ A.T @ B.T for A, B in zip(self.A, self.B)]  # (..., out / 3) each
+            updates = [dropped @ A.T @ B.T for A, B in zip(self.A, self.B)]  # (..., out / fused)
             return F.linear(x, self.weight, self.bias) + self.scale * torch.cat(updates, dim=-1)
         # Nothing is dropped in evaluation mode, so one product with W + (alpha / r) B A is enough.
         # In bfloat16 it would not be: the sum would be rounded.
@@ -442,9 +442,11 @@ class CausalLM(nn.Module):
     dropout are the model's own. Raises InputError if the model is not causal.
     """
 
-    # Queries, keys and values: separate, fused in one layer, of linear or of latent attention
-    PROJECTIONS = "q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn"
-    PROJECTIONS += "in_proj_qkv", "in_proj_qkvz", "q_b_proj", "kv_b_proj"
+    # Queries, keys and values: separate, fused in one layer, or those of latent attention
+    PROJECTIONS = (
+        "q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "in_proj_qkv",
+        "in_proj_qkvz", "q_b_proj", "kv_b_proj",
+    )  # fmt: skip
 
     def __init__(self, theirs, bf16=False):
         super().__init__()
@@ -486,9 +488,7 @@ class CausalLM(nn.Module):
             raise InputError(f"LoRA finds none of {names} in --lm; add --lora-rank 0 --lang-coef 0")
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(adapted) < layers:
-            print(
-                f"LoRA finds queries, keys and values in {len(adapted)} of --lm's {layers} layers"
-            )
+            print(f"LoRA finds queries, keys and values in {len(adapted)} of {layers} layers")
 
     def forward(self, x):
         """Embeddings (B, T, D) -> hidden states (B, T, D), each from its token and those before."""
@@ -1089,7 +1089,7 @@ class Recorder:
 # -------------------------------------------------------------------------------- several GPUs
 def join_processes():
     """Join the processes that torchrun started, one for each GPU. Only the first of them prints."""
-    if not dist.is_torchelastic_launched():
+    if not os.environ.keys() >= {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -1598,9 +1598,9 @@ def prepare(config, title):
     count = f"{len(returns)} of {dataset.total_episodes} trajectories"
     print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}")
-    if is_image_space(dataset.storage.observation_space):
-        if getattr(dataset.storage, "jpeg_encoding", True):  # Minari 0.5.3 always compresses
-            print("its images are compressed (JPEG), those of the environment are not")
+    is_compressed = getattr(dataset.storage, "jpeg_encoding", True)  # in Minari 0.5.3, always
+    if is_image_space(dataset.storage.observation_space) and is_compressed:
+        print("its images are compressed (JPEG), those of the environment are not")
     if environments:
         print(f"env     {spec.id}, episodes of at most {spec.max_episode_steps} steps")
 
@@ -1941,6 +1941,7 @@ def run_command(main, program):
     try:
         main(sys.argv[1:])
     except (InputError, OSError, MemoryError, RuntimeError) as error:
+        # On a GPU, a lack of memory has a class of its own, on a CPU only its text.
         no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if isinstance(error, RuntimeError) and not no_memory:
             raise

@@ -442,12 +442,12 @@ def test_a_vision_tower_gets_no_lora():
 @pytest.mark.skipif(not hasattr(transformers, "Lfm2Config"), reason="transformers is older")
 def test_layers_without_lora_are_counted(capsys):
     types = ["conv", "full_attention", "conv", "conv"]
-    for layer_types, line in (types, "1 of --lm's 4 layers"), (4 * types[1:2], ""):
+    for layer_types, counts in (types, ["1 of 4 layers"]), (4 * types[1:2], []):
         config = transformers.Lfm2Config(
             **MODERN | {"num_hidden_layers": 4, "layer_types": layer_types}
         )
         CausalLM(AutoModelForCausalLM.from_config(config)).add_lora(4, 8.0, 0.0)
-        assert line in capsys.readouterr().out or not line
+        assert re.findall(r"\d of \d layers", capsys.readouterr().out) == counts
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DeepseekV3Config"), reason="transformers is older")
@@ -1587,12 +1587,15 @@ def test_what_is_not_installed_is_named_with_its_remedy():
             raise error from ModuleNotFoundError("No module named 'pygame'")
 
 
-@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
-def test_too_little_memory_ends_in_one_line(allocate, capsys):
+@pytest.mark.parametrize(
+    "allocate, words",
+    [(np.empty, "error: Unable to allocate"), (torch.empty, "error: .*can't allocate memory")],
+)
+def test_too_little_memory_ends_in_one_line(allocate, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         lamo.run_command(lambda _: allocate(10**15), "lamo.py")
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("lamo.py: error: ") and "allocate" in line
+    assert re.match(f"lamo.py: {words}", line)
 
 
 def test_an_error_of_the_code_is_no_mistake_of_the_user():
@@ -3322,7 +3325,7 @@ BAD_RESUMES = [
     ("--resume {bad}/cut", "cut"),
     ("--steps 1 --resume {bad}", "only --device"),
     ("--resume {bad}/altered", "checkpoint.pt"),
-    ("--resume {bad}/old", "it has version .; this code reads"),
+    ("--resume {bad}/old", f"version {lamo.VERSION - 1}; this code reads {lamo.VERSION}"),
     ("--resume {bad}/other-lm", "language model is not the one"),
     ("--resume {run} --env none", "the run evaluates in hopper; --resume takes no other --env"),
 ]
