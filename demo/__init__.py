@@ -1,10 +1,7 @@
 """The demo: small assets and settings for a machine without a GPU or the Hugging Face hub."""
 
-from pathlib import Path
-
 import torch
 
-HERE = Path(__file__).resolve().parent
 NOTICE = "DEMO ASSETS, NOT COMPARABLE TO THE PAPER"
 
 # Minutes on two CPU cores.
@@ -73,7 +70,7 @@ def settings(env, method):
     """
     tuned = TUNED[method]
     options = SETTINGS | tuned.get(DOMAINS.get(env), tuned[None])
-    if (HERE / "lamo" / str(env)).exists():
+    if env in DOMAINS:
         options["data"] = f"demo/lamo/{env}/demo-v0"
     return options
 

@@ -84,8 +84,9 @@ VARIANTS = {  # of LaMo, each without one or more of its parts
     "linear embedders": f"{COMPARED['lamo']} --embed linear",
 }
 DT_WITH_MLPS = {"dt, mlp embedders": "--method dt --embed mlp"}
+CONTROL = {"all trained, no language loss": f"{VARIANTS['all trained']} --lang-coef 1e-9"}
 OF_LAMO = ", LaMo's setting"  # ends the names of the controls, which have it
-METHODS = COMPARED | VARIANTS | DT_WITH_MLPS
+METHODS = COMPARED | VARIANTS | DT_WITH_MLPS | CONTROL
 CHEAP_BASELINES = ["bc", "best-bc", "td3-bc", "iql"]  # of results/baselines.py
 BASELINES = [*CHEAP_BASELINES, "cql"]  # CQL's step takes as long as eight of IQL's
 
@@ -163,7 +164,7 @@ def controls():
             *with_dropout("hopper 3%", method, "0.1")[:3],  # the seeds of the longer runs
             *with_dropout("hopper 3%, longer", method, "0.1"),
         ]
-        for method in ["dt", *TRAINED, "random trunk", "no language loss"]
+        for method in ["dt", *TRAINED, *CONTROL, "random trunk", "no language loss"]
     }
 
 

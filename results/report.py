@@ -62,8 +62,9 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
-# How a method is drawn, in all pictures. No picture has both baselines and variants of LaMo.
-STYLE = dict(zip([*METHODS, *BASELINES], [*STYLES, *STYLES[3:]]))
+# How a method is drawn, in all pictures. No picture has both baselines and variants of LaMo, or both
+# Wiki-RL and the last of METHODS.
+STYLE = dict(zip([*METHODS, *BASELINES], [*STYLES, *STYLES[2:]]))
 LONGER = {  # the methods that train for longer, by the name of their table and picture
     "longer": ["lamo", "dt", *TRAINED, *DT_WITH_MLPS],
     "controls": ["lamo", *controls()],
