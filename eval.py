@@ -35,6 +35,8 @@ NUM_ENVS = 20  # at a time; a kitchen takes 90 MB
 LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "HumanRendering"
 
 
+# A dataset or a checkpoint may be anyone's. So no code that its EnvSpec names is run: only
+# registered environments and Gymnasium's own wrappers are made.
 def spec_of(env_id, recorded=None):
     """Return the EnvSpec of an id that the user names. `module:ID` imports the module first.
 
@@ -299,12 +301,16 @@ class Histories:
         self.timesteps[row, newest] = self.episode_steps[row]
         self.episode_steps[row] += 1
 
-    def act(self, policy, rows):
-        """Return a policy's actions for some rows, as the environment takes them, and add them."""
+    def act(self, policy, rows, batch=None):
+        """Return a policy's actions for some rows, as the environment takes them, and add them.
+
+        Repeats rows until the policy has a batch of the given size.
+        """
         device = next(policy.parameters()).device
-        inputs = [array[rows] for array in (*self.arrays(), self.lengths)]
+        repeated = np.resize(rows, batch or len(rows))
+        inputs = [array[repeated] for array in (*self.arrays(), self.lengths)]
         actions = policy.act(*(torch.as_tensor(array, device=device) for array in inputs))
-        actions = actions.cpu().numpy()
+        actions = actions[: len(rows)].cpu().numpy()
         space = self.action_space
         if np.issubdtype(space.dtype, np.integer):
             actions = np.rint(actions)
@@ -366,13 +372,12 @@ def rollout(
             else:
                 histories.add(row, target_of[episode[row]], state)
 
-        # Ask the policy for the actions. The batch always has NUM_ENVS rows, some of them repeated,
-        # because rounding depends on the size of a batch, and returns must not.
+        # Ask the policy for the actions. The batch always has NUM_ENVS rows: rounding depends on its
+        # size, and returns must not.
         running = np.flatnonzero(episode >= 0)
         if len(running) == 0:
             continue
-        batch = np.resize(running, NUM_ENVS)
-        actions = histories.act(policy, batch)[: len(running)]
+        actions = histories.act(policy, running, NUM_ENVS)
 
         # Take a picture of what the policy acts on, then step the environments.
         if frames is not None and lengths[0] % frame_every == 0:
@@ -492,8 +497,9 @@ def make_environments(env, policy, config, header):
         spec = spec_of(env, header["env_spec"])
     else:
         spec = spec_from_json(header["env_spec"])
-    longest = policy.max_timesteps, header["longest_was_cut"]
-    spec.max_episode_steps = lamo.episode_limit(config, spec, *longest)
+    spec.max_episode_steps = lamo.episode_limit(
+        config, spec, policy.max_timesteps, header["longest_was_cut"]
+    )
     environments = Environments(spec)
 
     def describe(observation_shape, action_size, discrete):

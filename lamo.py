@@ -129,7 +129,7 @@ METHODS = {  # what each method changes in the defaults of Config
         "lm": "none", "layers": 3, "width": 128, "heads": 1,
         "lora_rank": 0, "train_trunk": True, "embed": "linear", "lang_coef": 0.0,
     },
-    # Wiki-RL (Reid et al. 2022), with its language loss only
+    # Wiki-RL (Reid et al. 2022): its language loss, without its cosine similarity loss
     "wiki-rl": {"lora_rank": 0, "train_trunk": True, "embed": "linear"},
 }
 # fmt: on
@@ -140,7 +140,10 @@ OTHER_TASK = Task(None, None, None, return_scale=None, context=20, reference=(0,
 
 # -------------------------------------------------------------------------------- configuration
 def option(default, help, **keywords):
-    """Return a field of Config; the keywords are those of argparse's add_argument."""
+    """Return a field of Config; the keywords are those of argparse's add_argument.
+
+    Another keyword, `group`, is the heading in --help of this option and those after it.
+    """
     return field(default=default, metadata={"help": help, **keywords})
 
 
@@ -166,16 +169,6 @@ SHARE = number(float, 0, 1)
 TARGET = number(float, -1e9, 1e9)
 
 
-GROUPS = {  # headings in --help, by the first option under each
-    "env": "data",
-    "method": "model",
-    "lang_coef": "text",
-    "steps": "training",
-    "targets": "evaluation",
-    "seed": "run",
-}
-
-
 @dataclass(frozen=True)
 class Config:
     """The settings of a run, and the options of the command line.
@@ -183,19 +176,20 @@ class Config:
     The defaults are those of the authors' runs on D4RL.
     """
 
-    # data
     env: str | None = option(
         "hopper",
         f"{', '.join(TASKS)}; or any environment, as a Gymnasium id or module:id; none: do not"
         " evaluate; eval: the one that the dataset names for evaluations; default: hopper; with"
         " --data, the one in which the dataset was recorded",
+        group="data",
     )
     data: str | None = option(None, "Minari dataset, id or folder; default: the task's")
     ratio: float = option(1.0, "share of the trajectories to train on", type=number(float, 1e-9, 1))
     delayed: bool = option(False, "move all reward to the last step", action="store_true")
 
-    # model
-    method: str = option("lamo", "LaMo, Decision Transformer or Wiki-RL", choices=[*METHODS])
+    method: str = option(
+        "lamo", "LaMo, Decision Transformer or Wiki-RL", choices=[*METHODS], group="model"
+    )
     lm: str = option(
         "gpt2",
         "language model, hub name or folder; none: random weights, which needs --lang-coef 0",
@@ -213,14 +207,14 @@ class Config:
     width: int = option(768, "model width D, with --lm none", type=COUNT)
     heads: int = option(12, "attention heads, with --lm none", type=COUNT)
 
-    # text
-    lang_coef: float = option(0.1, "weight lambda of the language loss; 0: no text", type=AMOUNT)
+    lang_coef: float = option(
+        0.1, "weight lambda of the language loss; 0: no text", type=AMOUNT, group="text"
+    )
     text: str = option("wikitext", "wikitext (WikiText-103, raw), or a file of UTF-8 text")
     text_batch: int = option(2, "crops of text in a training step", type=COUNT)
     text_block: int = option(1024, "tokens in a crop", type=number(int, 2))
 
-    # training
-    steps: int = option(100_000, "training steps", type=COUNT)
+    steps: int = option(100_000, "training steps", type=COUNT, group="training")
     batch: int = option(64, "windows of trajectories in a training step", type=COUNT)
     lr: float = option(1e-4, "learning rate of AdamW", type=number(float, 0, 1))
     lr_schedule: str = option(
@@ -231,12 +225,12 @@ class Config:
     grad_clip: float = option(0.25, "clip the gradient to this norm", type=number(float, 1e-9))
     bf16: bool = option(False, "run the trunk's blocks in bfloat16", action="store_true")
 
-    # evaluation
     targets: list[float] | None = option(
         None,
         "target returns (-1000, not -1e3); default: the task's, or from the data",
         type=TARGET,
         nargs="+",
+        group="evaluation",
     )
     episodes: int = option(20, "episodes per target", type=EPISODES)
     max_steps: int | None = option(
@@ -246,8 +240,7 @@ class Config:
     )
     eval_every: int = option(2500, "training steps between two evaluations", type=COUNT)
 
-    # run
-    seed: int = option(0, "seed of everything random", type=number(int, 0, 400_000))
+    seed: int = option(0, "seed of all randomness", type=number(int, 0, 400_000), group="run")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     out: str | None = option(
         None, "folder; default: runs/<env or data>-<method>-<ratio>-<seed>[-demo]"
@@ -382,7 +375,7 @@ class GPT2(nn.Module):
         """Return whether this class can stand in for the model of transformers with a config."""
         return config.model_type == "gpt2" and all(
             (
-                config.activation_function in ("gelu_new", "gelu_pytorch_tanh"),  # one function
+                config.activation_function in ("gelu_new", "gelu_pytorch_tanh"),  # the same
                 config.layer_norm_epsilon == 1e-5,
                 config.n_inner in (None, 4 * config.n_embd),
                 config.scale_attn_weights,
@@ -431,7 +424,7 @@ class GPT2(nn.Module):
 
     def language_loss(self, tokens):
         """Return the mean cross-entropy, in nats, of each next token of text (B, T)."""
-        logits = self.logits(tokens)[:, :-1]
+        logits = self.logits(tokens[:, :-1])  # nothing follows the last token
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -466,8 +459,9 @@ class CausalLM(nn.Module):
     def add_lora(self, rank, alpha, dropout):
         """Freeze all weights, then add LoRA to queries, keys and values: LaMo's part 2.
 
-        With bf16, the frozen weights are kept in bfloat16. Raises InputError if the model has no
-        layer whose name says that it projects to queries, keys and values.
+        With bf16, the frozen weights are kept in bfloat16, and so are the embeddings of text; those
+        of trajectories stay in float32. Raises InputError if the model has no layer whose name says
+        that it projects to queries, keys and values.
         """
         self.requires_grad_(False)
         if self.bf16:
@@ -769,7 +763,7 @@ class Trajectories:
 def concatenate(arrays):
     """Return the arrays of a list as one; each is freed as soon as it is copied."""
     steps = sum(len(array) for array in arrays)
-    dtype = np.result_type(*{array.dtype for array in arrays})  # some may have integers only
+    dtype = np.result_type(*{array.dtype for array in arrays})  # an episode may have integers
     whole = np.empty((steps, *arrays[0].shape[1:]), dtype)
     start = 0
     while arrays:
@@ -869,15 +863,15 @@ def draw(trajectories, text, config, step):
 
 
 def train_step(model, optimizer, batch, tokens, config, step):
-    """Take a training step on windows of trajectories and crops of text; return its losses.
+    """Take a training step on windows of trajectories and crops of text.
 
-    Here the two losses of LaMo become one: part 4 (paper, section 4).
+    Here the two losses of LaMo become one: part 4 (paper, section 4). Returns a dict of the losses
+    and of the gradient's norm, before it is clipped.
     """
     # L = action loss + lambda * language loss
     action_loss, language_loss = model(batch, tokens)
     loss = action_loss + config.lang_coef * language_loss
 
-    # Only what trains gets a gradient; the frozen weights of the trunk do not.
     optimizer.zero_grad()
     loss.backward()
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -948,7 +942,10 @@ def first_seed(config):
 
 
 def run_argument(out, env):
-    """Return how a command names a run: by its folder, and by --env if that imports a module."""
+    """Return the arguments that name a run to a command: its folder, and an --env of the user's.
+
+    A module of the user's is imported only if the command line names it.
+    """
     folder = shlex.quote(str(out))
     return f"{folder} --env {env}" if ":" in str(env) else folder
 
@@ -1111,8 +1108,10 @@ def distribute(model, text):
     """Return the model; under torchrun, wrap it so that processes average their gradients."""
     if not dist.is_initialized():
         return model
-    # Without text, the token embeddings of a trunk that trains get no gradient.
-    return DistributedDataParallel(model, find_unused_parameters=text is None)
+    # Without text, the token embeddings of a trunk that trains get no gradient. Buffers are fixed.
+    return DistributedDataParallel(
+        model, find_unused_parameters=text is None, broadcast_buffers=False
+    )
 
 
 def in_any_process(flag):
@@ -1196,7 +1195,7 @@ def load_causal_lm(name):
         if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
             raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder-only model")
         model, problems = from_transformers("AutoModelForCausalLM", name, output_loading_info=True)
-        model = model.float()  # not if it is quantised
+        model = model.float()  # raises an error if it is quantised
     if problems["missing_keys"]:
         missing = ", ".join(sorted(problems["missing_keys"]))
         raise InputError(f"--lm {name} lacks weights: {missing}")
@@ -1264,9 +1263,9 @@ def load_dataset(name):
     for path in (Path(name), HERE / name, Path(minari_root) / name):
         if not name or not path.exists():
             continue
-        named = path.parent if path.is_file() else path  # a file of a dataset names it, too
+        named = path.parent if path.is_file() else path  # one of a dataset's files names it, too
         for folder in (named, named / "data"):
-            # Of a download that Minari did not finish, only metadata.json is there.
+            # An interrupted download of Minari has only metadata.json.
             if (folder / "metadata.json").exists() and len(list(folder.glob("*"))) > 1:
                 return open_dataset(folder)
         raise InputError(f"{path} is not a dataset of Minari 0.5{advice_on(path)}")
@@ -1686,8 +1685,9 @@ def action_bounds(space, actions):
 def episode_limit(config, spec, longest, longest_was_cut):
     """Return the step limit of an evaluation's episodes: the user's, else the environment's.
 
-    Where the environment has no limit, it is the length of the longest trajectory. So it is where
-    --env names no task, and that trajectory was cut off before a tenth of the environment's limit.
+    Without either, it is the length of the longest trajectory. The same holds if the environment's
+    limit is more than ten times as long and that trajectory was truncated, not terminated: Minari's
+    mazes record the length of the whole dataset as their limit. A task keeps its limit.
     """
     if config.max_steps:
         return config.max_steps
@@ -1793,8 +1793,8 @@ def parse(arguments, program="lamo.py"):
     )
     for item in fields(Config):
         keywords = dict(item.metadata)
-        if item.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[item.name])
+        if "group" in keywords:
+            group = parser.add_argument_group(keywords.pop("group"))
         if "default: " not in keywords["help"] and item.default is not False:
             keywords["help"] += f"; default: {item.default}"
         name = f"--{item.name.replace('_', '-')}"
@@ -1806,11 +1806,7 @@ def parse(arguments, program="lamo.py"):
 
 
 def configure(given):
-    """Return the Config of the given options, and the title of the run.
-
-    Where several of these set an option, the first one counts: the command line, the method, the
-    task's settings, the demo's (if it is one), the task's data, targets and context, the defaults.
-    """
+    """Return the Config of the given options, and the title of the run."""
     given = with_full_paths(given)
     if "data" in given:
         given = {"env": None} | given  # a dataset brings its environment
@@ -1819,10 +1815,15 @@ def configure(given):
         tasks = ", ".join(TASKS)
         raise InputError(f"--env {env} is not one of {tasks}; give its dataset, too: --data")
     task = TASKS.get(env, OTHER_TASK)
-    defaults = {"data": task.data, "targets": task.targets, "context": task.context}
-    changes = task.settings | METHODS[method] | given
-    config = Config(**defaults | changes)
-    check_options(config)  # before anything is downloaded
+    of_data = {"data": task.data, "targets": task.targets, "context": task.context}
+
+    def combine(settings):
+        # Where several set an option, the last of them counts.
+        config = Config(**of_data | settings | task.settings | METHODS[method] | given)
+        check_options(config)
+        return config
+
+    config = combine({})  # invalid options show before anything is downloaded
     title = f"{method} on {config.data}"
 
     # Under torchrun, only --demo takes the demo: processes might disagree about the hub.
@@ -1830,9 +1831,7 @@ def configure(given):
     if config.demo or not dist.is_initialized():
         reason = demo.reason(given, lambda: fetch(config))
     if reason:
-        settings = demo.settings(env, method)
-        config = Config(**defaults | settings | changes | {"demo": True})
-        check_options(config)
+        config = combine(demo.settings(env, method) | {"demo": True})
         title = f"{demo.NOTICE} ({reason})"
     return config, title
 
@@ -1935,7 +1934,10 @@ def main(arguments):
 
 
 def run_command(main, program):
-    """Call main with the command line's arguments; a mistake ends in one line and code 2."""
+    """Call main with the command line's arguments; a mistake ends in one line and code 2.
+
+    `python -X dev` shows where it comes from.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):  # so that nothing half-written stays
         signal.signal(signum, lambda *_: sys.exit(1))
     try:
@@ -1943,7 +1945,7 @@ def run_command(main, program):
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         # On a GPU, a lack of memory has a class of its own, on a CPU only its text.
         no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not no_memory:
+        if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not no_memory):
             raise
         stream = sys.stderr if rank_and_world()[0] == 0 else sys.__stderr__
         print(f"{program}: error: {error}", file=stream)

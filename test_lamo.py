@@ -1262,6 +1262,25 @@ def test_returns_do_not_depend_on_how_many_environments_there_are():
         assert np.array_equal(returns, results[0][0]) and np.array_equal(lengths, results[0][1])
 
 
+@torch.no_grad()
+def test_a_history_has_the_action_that_is_taken_though_the_batch_repeats_its_row():
+    class Uneven(Script):
+        """As if rounding depended on the place in a batch."""
+
+        def act(self, *window):
+            actions = super().act(*window)
+            return actions + 0.01 * torch.arange(len(actions)).unsqueeze(1)
+
+    histories = evaluation.Histories(3, 4, *evaluation.policy_spaces(gym.make("Hopper-v5")))
+    for row in range(3):
+        histories.add(row, 1.0, np.full(11, row))
+    window = [torch.as_tensor(array[[0, 2]]) for array in histories.arrays()]
+    expected = Script().act(*window, torch.tensor([1, 1])) + torch.tensor([[0.0], [0.01]])
+    actions = histories.act(Uneven(), [0, 2], 20)
+    assert np.array_equal(actions, expected.clamp(-1, 1).float())
+    assert np.array_equal(histories.actions[[0, 2], 0], actions)
+
+
 class FailingHopper(gym.Wrapper):
     """Hopper with a simulator that breaks down in episodes that start from an uneven seed."""
 
@@ -1601,6 +1620,11 @@ def test_too_little_memory_ends_in_one_line(allocate, words, capsys):
 def test_an_error_of_the_code_is_no_mistake_of_the_user():
     with pytest.raises(RuntimeError, match="shape"):
         lamo.run_command(lambda _: torch.zeros(2) @ torch.zeros(3, 3), "lamo.py")
+
+
+def test_python_dev_mode_shows_where_a_mistake_comes_from():
+    run = command("-X dev lamo.py --demo --data setup.py")
+    assert run.returncode == 1 and "in load_dataset" in run.stderr
 
 
 def test_torchruns_variable_alone_starts_no_processes(monkeypatch):
