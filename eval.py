@@ -177,15 +177,16 @@ class Environments:
         num_envs: the most copies to run at a time, at most NUM_ENVS.
         render_mode: Gymnasium's, for `rollout` to take pictures.
     Raises:
-        ValueError: a policy cannot handle its observations or actions; see `policy_spaces`. Errors
-            of the environment's own `reset` pass through.
+        ValueError: a policy cannot handle its observations or actions; see `policy_spaces` and
+            `see`. Errors of the environment's own `reset` pass through.
     """
 
     def __init__(self, spec, num_envs=NUM_ENVS, render_mode=None):
         self.spec, self.num_envs, self.render_mode = spec, min(num_envs, NUM_ENVS), render_mode
         self.envs = [self.make()]
         self.observation_space, self.action_space = policy_spaces(self.envs[0])
-        self.envs[0].reset(seed=0)  # if it fails, then now, not in the middle of a run
+        observation, _ = self.envs[0].reset(seed=0)
+        self.see(observation)  # if it fails, then now, not in the middle of a run
         draws = len(self.observation_space.shape) == 3 and not spec.id.startswith("ALE/")
         self.map = map if draws else ThreadPoolExecutor(os.cpu_count()).map
 
@@ -243,16 +244,23 @@ class Environments:
 
         return list(self.map(partial(self._attempt, step), rows, actions))
 
+    def see(self, observation):
+        """Return what a policy sees of an observation. Raises ValueError if it is not valid."""
+        observation = seen(observation)
+        if observation.shape != self.observation_space.shape:
+            raise ValueError(f"an observation has the shape {observation.shape}")
+        if not np.isfinite(observation).all():
+            raise ValueError("an observation is not finite")
+        return observation
+
     def _attempt(self, function, row, argument):
         try:
             if self.envs[row] is None:  # it failed in its last episode
                 self.envs[row] = self.make()
             observation, reward, terminated, truncated, info = function(self.envs[row], argument)
-            observation, reward = seen(observation), float(np.squeeze(reward))
-            if observation.shape != self.observation_space.shape:
-                raise ValueError(f"an observation has the shape {observation.shape}")
-            if not (np.isfinite(observation).all() and np.isfinite(reward)):
-                raise ArithmeticError("an observation or a reward is not finite")
+            observation, reward = self.see(observation), float(np.squeeze(reward))
+            if not np.isfinite(reward):
+                raise ValueError("a reward is not finite")
             success = np.asarray(info.get("success", info.get("is_success")))
             is_number = success.size == 1 and success.dtype.kind in "biuf"
             success = float(success.item()) if is_number else np.nan
@@ -480,6 +488,8 @@ def record(policy, spec, target, seed, path, delayed=False):
     every = max(1, round(fps / 25))
     frames = []
     returns, lengths, _ = rollout(policy, environments, [target], 1, seed, delayed, frames, every)
+    if np.isnan(returns).any():
+        raise ValueError("the episode failed, see above")
     if any(frame is None for frame in frames):
         raise ValueError(f"{spec.id} draws no pictures")
     imageio.mimsave(path, frames, fps=fps / every)

@@ -437,8 +437,8 @@ class CausalLM(nn.Module):
 
     # Queries, keys and values: separate, fused in one layer, or those of latent attention
     PROJECTIONS = (
-        "q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "in_proj_qkv",
-        "in_proj_qkvz", "q_b_proj", "kv_b_proj",
+        "q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv",
+        "in_proj_qkv", "in_proj_qkvz", "q_b_proj", "kv_b_proj",
     )  # fmt: skip
 
     def __init__(self, theirs, bf16=False):
@@ -479,7 +479,10 @@ class CausalLM(nn.Module):
                     adapted.add(parent)
         if not adapted:
             names = ", ".join(self.PROJECTIONS)
-            raise InputError(f"LoRA finds none of {names} in --lm; add --lora-rank 0 --lang-coef 0")
+            raise InputError(
+                f"LoRA finds none of {names} in --lm; to train it whole, add --lora-rank 0"
+                " --train-trunk, to leave it frozen, --lora-rank 0 --lang-coef 0"
+            )
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(adapted) < layers:
             print(f"LoRA finds queries, keys and values in {len(adapted)} of {layers} layers")
@@ -702,7 +705,7 @@ class Trajectories:
     """
 
     def __init__(self, observations, actions, rewards, device="cpu", terminated=(), stack=1):
-        self.terminated, self.stack = terminated, stack
+        self.terminated, self.stack = np.array(terminated), stack
         self.lengths = np.array([len(reward) for reward in rewards])
         self.returns = np.array([reward.sum() for reward in rewards])
         for part in (*observations, *actions, self.returns):
@@ -1420,6 +1423,10 @@ def evaluation_spec(dataset, env):
         if for_evaluation not in (None, chosen):
             print("the dataset has another environment for evaluations; to take it, add --env eval")
         return recorded_spec(chosen, env)
+    if not chosen:
+        print(
+            "the dataset does not say in which environment, settings and wrappers it was recorded"
+        )
     return spec_of(env, chosen)
 
 
@@ -1581,7 +1588,7 @@ def prepare(config, title):
         )
         observation_space, action_space = policy_spaces(dataset)
     longest = int(trajectories.lengths.max())
-    longest_was_cut = not trajectories.terminated[trajectories.lengths.argmax()]
+    longest_was_cut = not trajectories.terminated[trajectories.lengths == longest].all()
     environments = None
     if config.env != "none":
         with on_error(
@@ -1626,6 +1633,8 @@ def prepare(config, title):
         "image_shape": observation_space.shape if len(observation_space.shape) == 3 else None,
     }
     model = LaMo(trunk, config.embed, config.context, **arguments).to(config.device)
+    if model.scale_actions(trajectories.actions).abs().max() > 1.01:
+        print("the data has actions out of bounds; those of the policy are clipped")
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model   {config.method} on {config.lm}: {trained:,} of {total:,} parameters train")
@@ -1703,6 +1712,10 @@ def check_spaces(dataset, env):
     for name, our, their in zip(("observations", "actions"), ours, theirs):
         if our != their:
             raise InputError(f"the data has {name} of shape {our}, its environment {their}")
+    data_space, env_space = dataset.observation_space, env.observation_space
+    if entry_shapes(data_space) != entry_shapes(env_space):
+        print(f"the data has observations {data_space}, its environment {env_space}")
+        print("if their numbers differ in order or meaning, the scores are wrong")
     data_space, env_space = dataset.action_space, env.action_space
     differ = f"the data has the actions {data_space}, its environment {env_space}"
     if type(data_space) is not type(env_space):
@@ -1712,6 +1725,13 @@ def check_spaces(dataset, env):
             raise InputError(differ)
     elif not np.allclose([data_space.low, data_space.high], [env_space.low, env_space.high]):
         print(differ)  # no error, because wrappers change bounds
+
+
+def entry_shapes(space):
+    """Return the shapes of a Dict's entries by name, None for a nested one; for others, its own."""
+    if isinstance(space, gym.spaces.Dict):
+        return {name: part.shape for name, part in space.items()}
+    return space.shape
 
 
 def check_text(text, trunk):

@@ -57,11 +57,13 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
 )
 
+import atari
 import eval as evaluation
 import lamo
 from eval import Environments
@@ -376,6 +378,7 @@ FAMILIES = {  # a config, and the weights of a layer's LoRA of rank 4, with the 
     "falcon": (FalconConfig(**SHAPE, multi_query=True), 4 * (32 + 48)),
     "phi3": (Phi3Config(**MODERN), 4 * (32 + 64)),
     "bloom": (BloomConfig(**SHAPE), 4 * (32 + 96) + 96),
+    "mpt": (MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=300), 4 * (32 + 96)),
     "gpt2-relu": (tiny_config(activation_function="relu", n_inner=40), 4 * (32 + 96) + 96),
 }
 
@@ -2153,6 +2156,20 @@ def test_an_environment_that_cannot_start_is_found_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "first, words",
+    [(np.zeros(2), "an observation has the shape .2,."), (np.full(3, np.nan), "is not finite")],
+)
+def test_an_environment_that_starts_badly_is_refused_at_once(first, words):
+    class Wrong(Point):
+        def reset(self, **options):
+            return first, {}
+
+    gym.register("Wrong-v0", Wrong, max_episode_steps=12)
+    with pytest.raises(ValueError, match=words):
+        Environments(evaluation.spec_of("Wrong-v0"))
+
+
 def test_if_few_copies_can_be_made_those_are_enough():
     made = []
 
@@ -2184,7 +2201,7 @@ def test_a_success_that_is_no_number_is_unknown(success):
     assert np.isfinite(reward) and np.isnan(said)
 
 
-def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path):
+def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path, capsys):
     folder = a_set("Point")
     name = "ArrayPoint-v0"
     gym.register(name, "test_lamo:Point", max_episode_steps=12, kwargs={"bound": np.full(2, 0.1)})
@@ -2192,6 +2209,7 @@ def test_an_environment_whose_settings_are_no_text_has_to_be_named(tmp_path):
         spec = replace(gym.spec("Hopper-v5"), **{part: lambda: None})
         assert evaluation.spec_to_json(spec) is None
     start(folder, tmp_path / "run", "--env", name)
+    assert "the dataset does not say in which environment" in capsys.readouterr().out
     assert read_log(tmp_path / "run")[0]["env_spec"] is None
     evaluation.main([str(tmp_path / "run"), "--env", name])
     with pytest.raises(InputError, match="name one with --env ID"):
@@ -2370,6 +2388,69 @@ def test_other_bounds_in_the_environment_than_in_the_data_are_named(capsys):
     assert not capsys.readouterr().out
     lamo.check_spaces(env, wide)
     assert "Box(-1.0, 1.0, (2,), float32), its environment Box(-100.0" in capsys.readouterr().out
+
+
+def test_a_dict_with_other_entries_than_in_the_data_is_named(capsys):
+    box, actions = gym.spaces.Box, gym.spaces.Box(-1, 1, (2,))
+    entries = {"goal": box(-9, 9, (2,)), "state": box(-9, 9, (1,))}
+    nested = {"more": gym.spaces.Dict(x=box(-1, 1, (1,)))}  # no policy sees it
+    data = gym.spaces.Dict(entries)
+    for other, is_named in (
+        (gym.spaces.Dict(entries), False),
+        (box(-9, 9, (3,)), True),
+        (gym.spaces.Dict(goal=box(-9, 9, (1,)), state=box(-9, 9, (2,))), True),
+        (gym.spaces.Dict(a=entries["goal"], b=entries["state"]), True),
+    ):
+        spaces = (SimpleNamespace(observation_space=x, action_space=actions) for x in (data, other))
+        lamo.check_spaces(*spaces)
+        assert ("the scores are wrong" in capsys.readouterr().out) == is_named
+    data = SimpleNamespace(
+        observation_space=gym.spaces.Dict(entries | nested), action_space=actions
+    )
+    lamo.check_spaces(data, data)
+    assert not capsys.readouterr().out
+
+
+def test_pictures_of_the_size_of_ataris_are_not_taken_for_a_game():
+    class Large(gym.Env):
+        observation_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
+        action_space = gym.spaces.Discrete(2)
+
+    gym.register("Large-v0", Large)
+    env = gym.make("Large-v0", disable_env_checker=True)
+    assert atari.preprocess_env(env) is env
+    for metadata in ({}, {"env_spec": json.dumps({"entry_point": "large:Large"})}):
+        storage = SimpleNamespace(metadata=metadata)
+        data = SimpleNamespace(observation_space=env.observation_space, storage=storage)
+        assert atari.preprocess_data(data) is data
+
+
+def test_no_film_is_made_of_an_episode_that_fails(tmp_path):
+    policy, spec = tiny_lamo(S=3, bounds=[[-0.1] * 2, [0.1] * 2]).eval(), "test_lamo:Broken-v0"
+    with pytest.raises(ValueError, match="the episode failed"):
+        evaluation.record(policy, evaluation.spec_of(spec), 0.0, 0, tmp_path / "film.gif")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_actions_of_the_data_that_are_out_of_bounds_are_named(tmp_path, capsys):
+    episodes = play(gym.make("Point-v0"))
+    for factor in (1, 10):
+        scaled = [
+            (states, factor * np.array(taken), rewards) for states, taken, rewards in episodes
+        ]
+        folder = save_dataset(f"test/times{factor}-v0", gym.make("Point-v0"), scaled)
+        start(folder, tmp_path / f"run{factor}", "--env", "none", "--steps", "1")
+        assert ("actions out of bounds" in capsys.readouterr().out) == (factor == 10)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_that_one_of_the_longest_trajectories_was_cut_is_enough(first, tmp_path, capsys):
+    env = gym.make("Hopper-v5", max_episode_steps=1000)
+    folder = save_dataset("test/equal-v0", env, [play(env)[-1]] * 2)
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        file["episode_0" if first else "episode_1"]["terminations"][-1] = True
+    start(folder, tmp_path / "run", "--ratio", "1")
+    assert "episodes of at most 11 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

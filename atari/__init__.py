@@ -4,6 +4,7 @@ A picture of a game becomes grey and 84 x 84 pixels small, and a state is the la
 (Mnih et al. 2015). Data and environments go through the same function.
 """
 
+import json
 from dataclasses import replace
 
 import gymnasium as gym
@@ -61,9 +62,10 @@ for name in "Breakout", "Qbert", "Pong":
     )
 
 
-def shows_pictures(space):
-    """Return whether a space is that of a game's own pictures, in colour."""
-    return space.shape in ((210, 160, 3), (250, 160, 3)) and space.dtype == np.uint8
+def shows_pictures(space, entry_point):
+    """Return whether a space, of an environment of ALE, is that of a game's pictures in colour."""
+    is_game = str(entry_point).startswith("ale_py")
+    return is_game and space.shape in ((210, 160, 3), (250, 160, 3)) and space.dtype == np.uint8
 
 
 def grey(pictures):
@@ -93,7 +95,7 @@ class NoOpStarts(gym.Wrapper):
 
 def preprocess_env(env):
     """Return an environment with states of four frames; one without a game's pictures stays."""
-    if not shows_pictures(env.observation_space):
+    if not shows_pictures(env.observation_space, env.unwrapped.spec.entry_point):
         return env
     env = NoOpStarts(env)
     env = gym.wrappers.TransformObservation(env, lambda picture: grey([picture])[0], FRAME)
@@ -102,7 +104,8 @@ def preprocess_env(env):
 
 def preprocess_data(dataset):
     """Return a MinariDataset with frames for pictures; one without a game's pictures stays."""
-    if not shows_pictures(dataset.observation_space):
+    recorded = json.loads(dataset.storage.metadata.get("env_spec") or "{}")
+    if not shows_pictures(dataset.observation_space, recorded.get("entry_point")):
         return dataset
     import_games()
     return Frames(dataset)

@@ -68,7 +68,7 @@ def to_episodes(trajectories, best=1.0):
                 observations=trajectories.states[steps].cpu().numpy().astype(np.float32),
                 actions=trajectories.actions[steps].cpu().numpy().astype(np.float32),
                 rewards=-np.diff(returns_to_go).astype(np.float32)[:, None],
-                terminated=trajectories.terminated[number],
+                terminated=bool(trajectories.terminated[number]),
             )
         )
     return episodes

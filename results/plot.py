@@ -78,6 +78,8 @@ def read_run(folder):
         _, best = best_target(scores)
         if best:  # not every episode failed
             curve[step] = best["score"]
+    if config["steps"] not in curve:
+        raise ValueError(f"{folder} has no score at its end: every episode failed")
     return config, curve
 
 

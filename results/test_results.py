@@ -848,6 +848,8 @@ def test_plot_takes_what_was_evaluated(tmp_path):
         return plot.read_run(tmp_path)[1]
 
     assert read_run("hopper", {1: failed, 2: good}) == {2: 1.0}
+    with pytest.raises(ValueError, match="no score at its end: every episode failed"):
+        read_run("hopper", {1: good, 2: failed})
     with pytest.raises(ValueError, match="has not ended"):
         read_run("hopper", {1: good})
     with pytest.raises(ValueError, match="it was trained with --env none"):
