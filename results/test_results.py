@@ -888,14 +888,14 @@ def test_profile_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_profile_counts_the_products_of_all_logits_too(frozen):
+def test_profile_counts_the_products_of_the_logits_too(frozen):
     gpt2 = GPT2(50, 16, 8, 1, 2, dropout=0.0).requires_grad_(not frozen)
     gpt2.add_lora(4, 8, 0.0)
     gpt2.wte.weight.requires_grad_(not frozen)
     tokens = torch.randint(50, (3, 16))
 
     def plain():
-        logits = (gpt2.logits(tokens))[:, :-1]
+        logits = gpt2.logits(tokens[:, :-1])
         F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
