@@ -2,8 +2,8 @@
 
     python -m results.report
 
-A comparison shows the tasks and methods that have run with every seed. The tables have all of their
-seeds, and each method's chosen setting. Needs results/requirements.txt.
+A comparison shows the tasks and methods that have run with every seed, if README.md has a place for
+it. The tables have all of their seeds, and each method's chosen setting.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from scipy import stats
 
 from results.make import (
     BASELINES,
+    CONTROL,
     DOMAIN,
     DT_WITH_MLPS,
     HARDER,
@@ -69,6 +70,17 @@ LONGER = {  # the methods that train for longer, by the name of their table and 
     "longer": ["lamo", "dt", *TRAINED, *DT_WITH_MLPS],
     "controls": ["lamo", *controls()],
 }
+
+
+PAIRS = [  # on what task which methods are compared after longer training, second minus first
+    ("hopper 3%, longer", "lamo", "dt"),
+    ("hopper 3%, longer", *TRAINED),
+    ("hopper 3%, longer", *(f"{method}{OF_LAMO}" for method in TRAINED)),
+    *(("hopper 3%, longer", f"{TRAINED[0]}{OF_LAMO}", f"{method}{OF_LAMO}") for method in CONTROL),
+    ("hopper 3%, longer", "lamo", f"random trunk{OF_LAMO}"),
+    ("kitchen-partial 10%, longer", "lamo", "dt"),
+    ("kitchen-partial 10%, longer", *TRAINED),
+]
 
 
 def read_table():
@@ -174,7 +186,7 @@ def scores_lines(table, tasks, methods):
     """Return the lines of a table of the scores over all tasks.
 
     It says how much they differ from the first method's with the same seed, for the best target and
-    over all targets, and how large a difference would show.
+    over all targets, and about how large a difference would be detected.
     """
 
     def columns(method, name):
@@ -182,7 +194,7 @@ def scores_lines(table, tasks, methods):
 
     first = methods[0]
     rows = [["score", "interquartile mean", f"minus {name_of(first)}"]]
-    rows[0] += ["over all targets", "would show"]
+    rows[0] += ["over all targets", "detectable"]
     for method in methods:
         row = [name_of(method)]
         row.append("{:.1f} ({:.1f} to {:.1f})".format(*interval(columns(method, "best_score"))))
@@ -216,9 +228,9 @@ def losses_lines(table):
 def difference(ours, theirs):
     """Return how much scores differ in pairs of runs with the same seed: lists of (seeds,) by task.
 
-    Returns the mean over tasks and seeds and its 95 % t interval, low and high; and the smallest
-    true difference that such an interval excludes zero for with a probability of 80 %. Only seeds
-    are independent: from task to task, a seed has the same random draws, and often trajectories.
+    Returns the mean over tasks and seeds and its 95 % t interval, low and high; and about the
+    smallest true difference that such an interval excludes zero for with a probability of 80 %. Only
+    seeds are independent: from task to task, a seed has the same draws, and often trajectories.
     """
     pairs = [second - first for first, second in zip(ours, theirs)]
     by_seed = np.mean(pairs, axis=0)
@@ -326,36 +338,59 @@ def longer_lines(table, task, methods):
             rows.append([f"{MEASURES[measure]}, {title}", *cells])
 
     for measure, digits in ("best_score", 1), ("held_out_loss", 4), ("documents_loss_after", 2):
-        add_row("run of 1,000 steps", task.split(",")[0], measure, 1000, digits)
+        add_row("end of a 1,000-step run", task.split(",")[0], measure, 1000, digits)
         for step in 1000, 3000, 10000:
-            add_row(f"{step:,} steps", task, measure, step, digits)
+            add_row(f"step {step:,} of 10,000", task, measure, step, digits)
     return markdown(rows)
 
 
 def rises_lines(table, task):
     """Return the lines of a table of how much the held-out loss rises to the end of longer training.
 
-    It is the rise of the mean over seeds, and in brackets that of each seed. A dash stands for what
-    was not measured.
+    Rises are in %: the mean over seeds, and in brackets each seed; then how much more than LaMo's,
+    and its interval. A dash stands for what was not measured.
     """
     shorter = task.split(",")[0]
-    rows = [[f"held-out loss, {shorter}", "since the end of a run of 1,000 steps"]]
-    rows[0].append("since step 1,000 of the same run")
-    for method in dict.fromkeys([*LONGER["longer"], *LONGER["controls"]]):
+    rows = [[f"held-out loss, {shorter}, rise in %"]]
+    rows[0] += ["since the end of a 1,000-step run", "minus LaMo's"]
+    rows[0] += ["since step 1,000 of the same run", "minus LaMo's"]
+
+    def rises(trained_on, method):
         longer = curves(table, task, method, "held_out_loss")
-        if not longer:
+        starts = curves(table, trained_on, method, "held_out_loss")
+        return starts and np.array([
+            100 * (last[10000] / first[1000] - 1) for first, last in zip(starts, longer)
+        ])  # fmt: skip
+
+    for method in dict.fromkeys([*LONGER["longer"], *LONGER["controls"]]):
+        if (task, method) not in table:
             continue
-        cells = []
-        for starts in curves(table, shorter, method, "held_out_loss"), longer:
-            if not starts:
-                cells.append("–")
+        row = [name_of(method)]
+        for trained_on in shorter, task:
+            ours, lamos = (rises(trained_on, name) for name in (method, "lamo"))
+            if ours is None:
+                row += ["–", "–"]
                 continue
-            last = np.array([run[10000] for run in longer])
-            first = np.array([run[1000] for run in starts[: len(longer)]])
-            by_seed = ", ".join(f"{round(100 * rise)}" for rise in last / first - 1)
-            rise = round(100 * (last.mean() / first.mean() - 1))
-            cells.append(f"{rise:+} % ({by_seed})")
-        rows.append([name_of(method), *cells])
+            row.append(f"{ours.mean():+.1f} ({', '.join(f'{round(rise)}' for rise in ours)})")
+            is_lamo = method == "lamo"
+            row.append("" if is_lamo else format_difference(difference([lamos], [ours])))
+        rows.append(row)
+    return markdown(rows)
+
+
+def pairs_lines(table):
+    """Return the lines of a table of scores after longer training, differences of pairs of methods."""
+    rows = [["score after 10,000 steps", "by seed", "best target", "over all targets"]]
+    for task, first, second in PAIRS:
+        if {(task, first), (task, second)} <= table.keys():
+            best, over_targets = (
+                [column(table[task, method], name) for method in (first, second)]
+                for name in ("best_score", "mean_score")
+            )
+            title = f"{task.split(',')[0]}: {name_of(second)} − {name_of(first)}"
+            by_seed = ", ".join(f"{round(lead, 1) + 0:.1f}" for lead in best[1] - best[0])
+            results = (difference([ours], [theirs]) for ours, theirs in (best, over_targets))
+            rows.append([title, by_seed, *map(format_difference, results)])
     return markdown(rows)
 
 
@@ -399,11 +434,11 @@ def main():
     tables["dropout"] = dropout_lines()
     rises = [rises_lines(table, task) for task in TASKS if "longer" in task]
     tables["rises"] = [*itertools.chain(*([*lines, ""] for lines in rises if len(lines) > 2))]
-    shown = []
+    tables["pairs"] = pairs_lines(table)
+    page = (HERE / "README.md").read_text()
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
-        if tasks and len(methods) > 1 and (tasks, methods) not in shown:
-            shown.append((tasks, methods))
+        if tasks and len(methods) > 1 and f"<!-- {name} -->" in page:
             runs = same_seeds(table, tasks, methods)
             tables[name] = returns_lines(runs, tasks, methods)
             tables[name] += ["", *scores_lines(runs, tasks, methods)]
@@ -417,7 +452,6 @@ def main():
         tables[name] = [*itertools.chain(*longer.values())]
         draw_longer(table, longer, methods, HERE / f"{name}.png")
 
-    page = (HERE / "README.md").read_text()
     for name, lines in tables.items():
         print(name, *lines, "", sep="\n")
         # The table after the comment with its name, and what was there before
