@@ -1835,11 +1835,11 @@ def configure(given):
         tasks = ", ".join(TASKS)
         raise InputError(f"--env {env} is not one of {tasks}; give its dataset, too: --data")
     task = TASKS.get(env, OTHER_TASK)
-    of_data = {"data": task.data, "targets": task.targets, "context": task.context}
+    of_task = {"data": task.data, "targets": task.targets, "context": task.context}
 
     def combine(settings):
         # Where several set an option, the last of them counts.
-        config = Config(**of_data | settings | task.settings | METHODS[method] | given)
+        config = Config(**of_task | settings | task.settings | METHODS[method] | given)
         check_options(config)
         return config
 
