@@ -422,7 +422,7 @@ def draw_longer(table, tasks, methods, path):
                 axes.set_ylim(bottom=0)
     # The legend names a method once, however many tasks it ran on.
     handles = {curve.get_label(): curve for axes in panels.flat for curve in axes.lines}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
 
 

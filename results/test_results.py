@@ -652,6 +652,11 @@ def test_figures_of_the_readme_are_those_of_the_tables():
             cell("score", "TD3+BC", "minus LaMo", 4),
         ],
     }  # fmt: skip
+    alike = "all trained", "all trained, no language loss", "random trunk, all trained"
+    cells["LaMo {}; all weights trained {}, without language loss {}, random trunk {}"] = [
+        cell(rises.format("hopper 3%"), name, "since the end of a 1,000-step run").split()[0]
+        for name in ("LaMo", *(f"{name}{make.OF_LAMO}" for name in alike))
+    ]
     text = re.findall(rf"changes by ({INTERVAL}) points", read_text())
     cells["hopper {}, kitchen-partial {}"] = text
     for template, figures in cells.items():
