@@ -138,6 +138,12 @@ def test_a_game_from_start_to_end(breakout, tmp_path, capsys):
     assert "best" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("package, is_game", [("ale_py", True), ("shimmy", True), ("pix", False)])
+def test_a_game_is_known_by_its_package(package, is_game):
+    space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
+    assert atari.shows_pictures(space, f"{package}.atari_env:AtariEnv") == is_game
+
+
 def test_settings_are_the_papers():
     config, _ = lamo.configure({"env": "qbert", "device": "cpu"})
     assert (config.context, config.lora_rank, config.batch) == (30, 32, 128)
