@@ -380,8 +380,8 @@ def rollout(
             else:
                 histories.add(row, target_of[episode[row]], state)
 
-        # Ask the policy for the actions. The batch always has NUM_ENVS rows: rounding depends on its
-        # size, and returns must not.
+        # Ask the policy for the actions. The batch always has NUM_ENVS rows: rounding depends on
+        # its size, and returns must not.
         running = np.flatnonzero(episode >= 0)
         if len(running) == 0:
             continue

@@ -64,7 +64,7 @@ for name in "Breakout", "Qbert", "Pong":
 
 def shows_pictures(space, entry_point):
     """Return whether a space, of an environment of ALE, is that of a game's pictures in colour."""
-    is_game = str(entry_point).startswith(("ale_py", "shimmy"))  # shimmy: until 2024
+    is_game = str(entry_point).startswith(("ale_py", "shimmy"))  # older data names shimmy
     return is_game and space.shape in ((210, 160, 3), (250, 160, 3)) and space.dtype == np.uint8
 
 
