@@ -59,6 +59,7 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], LAMO_AND_DT),
     "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], LAMO_AND_DT),
     "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS, *DT_WITH_MLPS]),
+    "trained": (["hopper 3%", "kitchen-partial 10%"], ["lamo", *TRAINED]),
     "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
@@ -69,6 +70,7 @@ LONGER = {  # the methods that train for longer, by the name of their table and 
     "longer": ["lamo", "dt", *TRAINED, *DT_WITH_MLPS],
     "controls": ["lamo", *controls()],
 }
+LAST_STEPS = range(6000, 10_001, 1000)  # of longer runs: scores move too much for one evaluation
 PAIRS = [  # on what task which methods are compared after longer training, second minus first
     ("hopper 3%, longer", "lamo", "dt"),
     ("hopper 3%, longer", *TRAINED),
@@ -133,9 +135,10 @@ def markdown(rows):
     return [header, "|---" * len(rows[0]) + "|", *lines]
 
 
-def format_difference(result):
+def format_difference(result, digits=1):
     """Return what `difference` returned, without its last number, as text."""
-    return "{:+.1f} ({:.1f} to {:.1f})".format(*result)
+    middle, low, high, _ = result
+    return f"{middle:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def settings_lines(table):
@@ -325,19 +328,22 @@ def longer_lines(table, task, methods):
     """
     rows = [[task, *map(name_of, methods)]]
 
-    def add_row(title, trained_on, measure, step, digits):
+    def add_row(title, trained_on, measure, steps, digits):
         cells = []
         for method in methods:
             runs = curves(table, trained_on, method, measure) or []
-            numbers = [run[step] for run in runs[: len(table[task, method])]]
-            cells.append(format_spread(numbers, digits) if numbers else "–")
+            runs = runs[: len(table[task, method])]
+            numbers = [np.mean([run[step] for step in steps]) for run in runs]
+            cells.append(format_spread(numbers, digits) if runs else "–")
         if set(cells) != {"–"}:
             rows.append([f"{MEASURES[measure]}, {title}", *cells])
 
     for measure, digits in ("best_score", 1), ("held_out_loss", 4), ("documents_loss_after", 2):
-        add_row("end of a 1,000-step run", task.split(",")[0], measure, 1000, digits)
+        add_row("end of a 1,000-step run", task.split(",")[0], measure, [1000], digits)
         for step in 1000, 3000, 10000:
-            add_row(f"step {step:,} of 10,000", task, measure, step, digits)
+            add_row(f"step {step:,} of 10,000", task, measure, [step], digits)
+        if measure == "best_score":
+            add_row("mean of steps 6,000 to 10,000", task, measure, LAST_STEPS, digits)
     return markdown(rows)
 
 
@@ -345,12 +351,14 @@ def rises_lines(table, task):
     """Return the lines of a table of how much the held-out loss rises to the end of longer training.
 
     Rises are in %: the mean over seeds, and in brackets each seed; then how much more than LaMo's,
-    and its interval. A dash stands for what was not measured.
+    and its interval. The last column compares the losses themselves. A dash stands for what was not
+    measured.
     """
     shorter = task.split(",")[0]
     rows = [[f"held-out loss, {shorter}, rise in %"]]
     rows[0] += ["since the end of a 1,000-step run", "minus LaMo's"]
     rows[0] += ["since step 1,000 of the same run", "minus LaMo's"]
+    rows[0] += ["loss at step 10,000, minus LaMo's"]
 
     def rises(trained_on, method):
         longer = curves(table, task, method, "held_out_loss")
@@ -362,6 +370,7 @@ def rises_lines(table, task):
     for method in dict.fromkeys([*LONGER["longer"], *LONGER["controls"]]):
         if (task, method) not in table:
             continue
+        is_lamo = method == "lamo"
         row = [name_of(method)]
         for trained_on in shorter, task:
             ours, lamos = (rises(trained_on, name) for name in (method, "lamo"))
@@ -369,19 +378,28 @@ def rises_lines(table, task):
                 row += ["–", "–"]
                 continue
             row.append(f"{ours.mean():+.1f} ({', '.join(f'{round(rise)}' for rise in ours)})")
-            is_lamo = method == "lamo"
             row.append("" if is_lamo else format_difference(difference([lamos], [ours])))
+        ours, lamos = (column(table[task, name], "held_out_loss") for name in (method, "lamo"))
+        row.append("" if is_lamo else format_difference(difference([lamos], [ours]), 4))
         rows.append(row)
     return markdown(rows)
 
 
 def pairs_lines(table):
-    """Return the lines of a table of scores after longer training, differences of pairs of methods."""
-    rows = [["score after 10,000 steps", "by seed", "best target", "over all targets"]]
+    """Return the lines of a table of scores in longer training, differences of pairs of methods.
+
+    A score is the mean of the evaluations at LAST_STEPS.
+    """
+    rows = [["score, steps 6,000 to 10,000", "by seed", "best target", "over all targets"]]
+
+    def scores(task, method, name):
+        runs = curves(table, task, method, name)
+        return np.array([np.mean([run[step] for step in LAST_STEPS]) for run in runs])
+
     for task, first, second in PAIRS:
         if {(task, first), (task, second)} <= table.keys():
             best, over_targets = (
-                [column(table[task, method], name) for method in (first, second)]
+                [scores(task, method, name) for method in (first, second)]
                 for name in ("best_score", "mean_score")
             )
             title = f"{task.split(',')[0]}: {name_of(second)} − {name_of(first)}"

@@ -127,7 +127,7 @@ def check_spread(cell, numbers):
     assert [*map(float, printed)] == pytest.approx(expected, rel=0, abs=0.51 * 10**-digits)
 
 
-def check_difference(cell, ours, theirs, name):
+def check_difference(cell, ours, theirs, name, rounding=0.06):
     """Check a cell of a mean difference and its interval; return the difference that would show."""
     pairs = [
         [float(their[seed][name]) - float(our[seed][name]) for seed in sorted(their)]
@@ -139,7 +139,7 @@ def check_difference(cell, ours, theirs, name):
     half, power = t_quantile(0.975, freedom), t_quantile(0.8, freedom)
     expected = [mean, mean - half * error, mean + half * error]
     printed = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
-    assert printed == pytest.approx(expected, abs=0.06 + 1e-3 * error)
+    assert printed == pytest.approx(expected, abs=rounding + 1e-3 * error)
     return (half + power) * error
 
 
@@ -250,29 +250,36 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
         tables = re.findall(r"(?m)^\| (.*, longer) \| (.*) \|\n.*((?:\n\|.*)+)", part)
         assert len(tables) == (1 if of_controls else 3)
         for task, methods, body in tables:
-            lines = re.findall(r"(?m)^\| (.*), (end of a |step )([\d,]+)[- ].*? \| (.*) \|$", body)
+            when = r"(end of a |step |mean of steps 6,000 to )([\d,]+)"
+            lines = re.findall(rf"(?m)^\| (.*), {when}.*? \| (.*) \|$", body)
             shorter = task.removesuffix(", longer")
-            assert len(lines) == (4 if shorter in make.TASKS else 3) * len(columns)
+            assert len(lines) == (4 if shorter in make.TASKS else 3) * len(columns) + 1
             methods = methods.lower().split(" | ")
             for title, end, step, cells in lines:
                 for name, cell in zip(methods, cells.split(" | "), strict=True):
                     method = name.removesuffix(make.OF_LAMO.lower())
                     assert (method == name) == (not of_controls or method == "lamo")
                     tuned = setting_of_lamo if of_controls else settings[method, make.DOMAIN[task]]
-                    numbers = {
-                        row["seed"]: row[columns[title]]
-                        for row in rows
-                        if row["task"] == (shorter if end == "end of a " else task)
-                        and row["method"] == method
-                        and row["seed"] in "012"
-                        and rate_and_dropout(row) == tuned
-                        and row["step"] == step.replace(",", "")
-                    }
+                    steps = [step.replace(",", "")]
+                    if end.startswith("mean"):
+                        steps = ["6000", "7000", "8000", "9000", "10000"]
+                    numbers = defaultdict(list)
+                    for row in rows:
+                        if (
+                            row["task"] == (shorter if end == "end of a " else task)
+                            and row["method"] == method
+                            and row["seed"] in "012"
+                            and rate_and_dropout(row) == tuned
+                            and row["step"] in steps
+                            and row[columns[title]]
+                        ):
+                            numbers[row["seed"]].append(float(row[columns[title]]))
                     if cell == "–":
-                        assert not any(numbers.values())
+                        assert not numbers
                     else:
                         assert sorted(numbers) == list("012")
-                        check_spread(cell, [*map(float, numbers.values())])
+                        assert all(len(part) == len(steps) for part in numbers.values())
+                        check_spread(cell, [*map(statistics.mean, numbers.values())])
 
 
 def test_the_text_on_less_data_says_what_the_runs_do():
@@ -341,23 +348,32 @@ def test_the_tables_of_rises_are_those_of_the_runs(longer):
                     pair = ({seed: part[seed] for seed in "012"} for part in (lamos, rises))
                     check_difference(more, *([part] for part in pair), "rise")
                 count += 1
+            if name != "LaMo":  # the losses, in units of the fourth digit
+                pair = (
+                    {
+                        seed: {"loss": 1e4 * loss}
+                        for seed, loss in longer(task, method, "held_out_loss").items()
+                    }
+                    for method in ("LaMo", name)
+                )
+                last = re.sub(r"(\d)\.(\d{4})", r"\1\2.0", cells[4])
+                check_difference(last, *([part] for part in pair), "loss", 0.51)
     assert count >= 8 + 9 + 4 + 4 + 5
 
 
 def test_the_table_of_scores_after_longer_training_is_that_of_the_runs(longer):
-    [[_, _, *lines]] = read_tables("README.md", "score after 10,000 steps")
+    steps = ["6000", "7000", "8000", "9000", "10000"]
+    [[_, _, *lines]] = read_tables("README.md", "score, steps 6,000 to 10,000")
     assert len(lines) >= 6
     for title, seeds, *cells in lines:
         task, pair = title.split(": ")
         second, first = pair.split(" − ")
         for measure, cell in zip(("best_score", "mean_score"), cells, strict=True):
-            ours, theirs = (
-                {
-                    seed: {measure: score}
-                    for seed, score in longer(f"{task}, longer", name, measure).items()
-                }
-                for name in (first, second)
-            )
+            ours, theirs = ({}, {})
+            for scores, name in (ours, first), (theirs, second):
+                parts = [longer(f"{task}, longer", name, measure, step) for step in steps]
+                for seed in parts[0]:
+                    scores[seed] = {measure: statistics.mean(part[seed] for part in parts)}
             check_difference(cell, [ours], [theirs], measure)
             if measure == "best_score":
                 by_seed = [theirs[seed][measure] - ours[seed][measure] for seed in "012"]
@@ -373,6 +389,7 @@ def test_figures_in_the_text_are_those_of_a_table(longer):
     # Differences with an interval, but for those that other tests check
     own = "domain counts once, DT minus LaMo is|comparison, with other settings, has"
     own += r"|changes by|best target, and by|minus DT without:|\([A-Za-z, ]+ minus [A-Za-z -]+:"
+    own += r"|model with all weights trained,|do not differ measurably,"
     for figure in re.findall(INTERVAL, re.sub(rf"({own}) {INTERVAL}", "", text)):
         assert figure in tables, figure
 
@@ -425,15 +442,21 @@ def test_differences_in_the_text_are_those_of_the_runs():
     check("DT with it minus DT without:", without, with_dropout)
 
     # Between two that are not LaMo
-    for second, first in (
-        ("DT, MLP embedders", "DT"),
-        ("all trained", "Wiki-RL"),
-        ("no language loss", "random trunk"),
+    random, language_model = "random trunk, all trained", "all trained"
+    for task, second, first, text in (
+        ("reacher2d", "DT, MLP embedders", "DT", "(DT, MLP embedders minus DT:"),
+        ("reacher2d", "all trained", "Wiki-RL", "(all trained minus Wiki-RL:"),
+        (
+            "reacher2d",
+            "no language loss",
+            "random trunk",
+            "(no language loss minus random trunk:",
+        ),
+        ("kitchen-partial 10%", random, language_model, "model with all weights trained,"),
+        ("hopper 3%", random, language_model, "they do not differ measurably,"),
     ):
-        of_first, of_second = (
-            [runs_of(rows, "reacher2d", name, settings)] for name in (first, second)
-        )
-        check(f"({second} minus {first}:", of_first, of_second)
+        of_first, of_second = ([runs_of(rows, task, name, settings)] for name in (first, second))
+        check(text, of_first, of_second)
 
 
 def test_returns_in_the_text_are_those_of_the_runs():
@@ -616,58 +639,41 @@ def test_tuning_tries_more_where_the_edge_wins():
 def test_figures_of_the_readme_are_those_of_the_tables():
     answers = (HERE / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0]
 
-    def cell(corner, line, column, number=0, page="README.md"):
-        header, _, *lines = read_tables(page, corner)[number]
+    def cell(corner, line, column, number=0):
+        header, _, *lines = read_tables("README.md", corner)[number]
         [cells] = [cells for cells in lines if cells[0] == line]
         return cells[header.index(column)]
 
-    both = "DT minus LaMo, score"
     rises = "held-out loss, {}, rise in %"
     docstrings = "language loss, docstrings, step 10,000 of 10,000"
     cells = {
         "DT minus LaMo {}": [cell("score", "DT", "minus LaMo")],
-        "walker2d {}, a tenth of halfcheetah {}": [
-            cell("return", task, both) for task in ("walker2d", "halfcheetah 10%")
+        "DT {}, DT with MLPs {}, random trunk {}": [
+            cell("score", name, "minus LaMo", 1)
+            for name in ("DT", "DT, MLP embedders", "random trunk")
         ],
-        "as tuned {}, both with 0.1: {}": [
-            cell("task", "all", column) for column in ("DT minus LaMo, as tuned", "both 0.1")
-        ],
-        "DT with MLPs {}, random trunk {}": [
-            cell("score", name, "minus LaMo", 1) for name in ("DT, MLP embedders", "random trunk")
-        ],
-        "kitchen-partial, DT {}": [cell(rises.format("kitchen-partial 10%"), "DT", "minus LaMo's")],
-        "hopper, random trunk {}, DT {}": [
-            cell(rises.format("hopper 3%"), name, "minus LaMo's")
-            for name in ("random trunk, all trained", "DT")
+        "kitchen-partial {}, hopper {}": [
+            cell(rises.format(task), "DT", "minus LaMo's")
+            for task in ("kitchen-partial 10%", "hopper 3%")
         ],
         "LaMo {}, all weights trained {}": [
             cell("reacher2d 10%, longer", docstrings, name) for name in ("LaMo", "all trained")
         ],
-        "Wiki-RL minus LaMo: {}, {}": [
-            cell("score", "Wiki-RL", "minus LaMo", 1),
-            cell("", "mean difference from LaMo, seed by seed", "Wiki-RL", 0, "first/README.md"),
-        ],
+        "Wiki-RL minus LaMo: {}": [cell("score", "Wiki-RL", "minus LaMo", 1)],
         "reacher2d {}, six tasks {}": [
-            cell("return", "TD3+BC minus LaMo, score", "reacher2d", 4),
-            cell("score", "TD3+BC", "minus LaMo", 4),
+            cell("return", "TD3+BC minus LaMo, score", "reacher2d", 5),
+            cell("score", "TD3+BC", "minus LaMo", 5),
         ],
+        "hopper {}, kitchen-partial {}": re.findall(
+            rf"changes by ({INTERVAL}) points", read_text()
+        ),
+        "on a tenth of kitchen-partial: {}": re.findall(
+            rf"model with all weights trained, ({INTERVAL})", read_text()
+        ),
     }  # fmt: skip
-    alike = "all trained", "all trained, no language loss", "random trunk, all trained"
-    cells["LaMo {}; all weights trained {}, without language loss {}, random trunk {}"] = [
-        cell(rises.format("hopper 3%"), name, "since the end of a 1,000-step run").split()[0]
-        for name in ("LaMo", *(f"{name}{make.OF_LAMO}" for name in alike))
-    ]
-    text = re.findall(rf"changes by ({INTERVAL}) points", read_text())
-    cells["hopper {}, kitchen-partial {}"] = text
     for template, figures in cells.items():
         assert template.format(*figures) in answers
-
-    # On a tenth of hopper, from the first comparison
-    rows, figure = read_rows("first"), "-34.1 (-53.8 to -14.3)"
-    ours, theirs = (runs_of(rows, "hopper 10%", name, {}) for name in ("lamo", "random trunk"))
-    check_difference(figure, [ours], [theirs], "best_score")
-    assert f"random trunk minus LaMo: {figure}" in answers
-    assert len(re.findall(INTERVAL, answers)) == 1 + sum(
+    assert len(re.findall(INTERVAL, answers)) == sum(
         len(re.findall(INTERVAL, figure)) for figures in cells.values() for figure in figures
     )
 
