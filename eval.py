@@ -35,7 +35,7 @@ NUM_ENVS = 20  # at a time; a kitchen takes 90 MB
 LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "HumanRendering"
 
 
-# A dataset or a checkpoint may be anyone's. So no code that its EnvSpec names is run: only
+# A dataset or a checkpoint may come from anyone. So no code that its EnvSpec names is run: only
 # registered environments and Gymnasium's own wrappers are made.
 def spec_of(env_id, recorded=None):
     """Return the EnvSpec of an id that the user names. `module:ID` imports the module first.
@@ -74,7 +74,7 @@ def with_settings(registered, recorded, wrappers):
     kwargs = registered.kwargs | recorded.get("kwargs", {})
     if kwargs.get("render_mode") != "rgb_array":  # others open a window, or keep all pictures
         kwargs.pop("render_mode", None)
-    if registered.name == "FrankaKitchen":  # a finished subtask is rewarded once, as in the data
+    if registered.name == "FrankaKitchen":  # a subtask is rewarded once; see `recorded_rewards`
         kwargs |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
     limit = recorded.get("max_episode_steps")
     return replace(
@@ -121,7 +121,7 @@ def spec_from_json(text):
     return with_settings(registered, recorded, wrappers)
 
 
-def seen(observation):
+def policy_observation(observation):
     """Return what a policy sees of an observation, or of those of an episode.
 
     From a dict it sees the arrays, joined in alphabetical order; dicts inside it are left out.
@@ -170,7 +170,7 @@ class Environments:
     """Copies of an environment, made when they are first needed, and stepped by a thread per core.
 
     Threads help because MuJoCo releases Python's interpreter lock while it simulates. Environments
-    that draw what they observe have one thread: MuJoCo draws black pictures in any other.
+    that observe pictures run in the main thread: in any other, MuJoCo draws black ones.
 
     Args:
         spec: the EnvSpec of the environment.
@@ -246,7 +246,7 @@ class Environments:
 
     def see(self, observation):
         """Return what a policy sees of an observation. Raises ValueError if it is not valid."""
-        observation = seen(observation)
+        observation = policy_observation(observation)
         if observation.shape != self.observation_space.shape:
             raise ValueError(f"an observation has the shape {observation.shape}")
         if not np.isfinite(observation).all():

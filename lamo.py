@@ -39,7 +39,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import zipfile
@@ -69,8 +68,8 @@ from eval import (
     best_target,
     evaluate,
     format_scores,
+    policy_observation,
     policy_spaces,
-    seen,
     spec_from_json,
     spec_of,
     spec_to_json,
@@ -274,14 +273,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)"""
-        if self.training or torch.is_autocast_enabled(x.device.type):
-            dropped = self.dropout(x)
-            updates = [dropped @ A.T @ B.T for A, B in zip(self.A, self.B)]  # (..., out / fused)
-            return F.linear(x, self.weight, self.bias) + self.scale * torch.cat(updates, dim=-1)
-        # Nothing is dropped in evaluation mode, so one product with W + (alpha / r) B A is enough.
-        # In bfloat16 it would not be: the sum would be rounded.
-        update = (self.B @ self.A).flatten(0, 1)  # (out, in)
-        return F.linear(x, self.weight + self.scale * update, self.bias)
+        dropped = self.dropout(x)
+        updates = [dropped @ A.T @ B.T for A, B in zip(self.A, self.B)]  # (..., out / fused)
+        return F.linear(x, self.weight, self.bias) + self.scale * torch.cat(updates, dim=-1)
 
 
 # -------------------------------------------------------------------------------- GPT-2: part 1
@@ -646,7 +640,7 @@ class LaMo(nn.Module):
     def predict(self, returns_to_go, states, actions, timesteps):
         """Predict the action of each step from what precedes it.
 
-        Returns (B, K, A), so scaled that the bounds of the actions are -1 and 1, but not clamped;
+        Returns (B, K, A), scaled so that the bounds of the actions are -1 and 1, but not clamped;
         for discrete actions, logits.
         """
         hidden = self.trunk(self.embed_window(returns_to_go, states, actions, timesteps))
@@ -708,6 +702,7 @@ class Trajectories:
         self.terminated, self.stack = np.array(terminated), stack
         self.lengths = np.array([len(reward) for reward in rewards])
         self.returns = np.array([reward.sum() for reward in rewards])
+        self.longest = int(self.lengths.max())
         for part in (*observations, *actions, self.returns):
             if not np.isfinite(part).all():
                 raise InputError("an observation, an action or a reward in the data is not finite")
@@ -729,6 +724,11 @@ class Trajectories:
         self.last = torch.tensor(np.repeat(last, self.lengths), device=device)  # (N,)
         parts = self.states, self.actions, self.returns_to_go, self.timesteps, self.last
         assert len({len(part) for part in parts}) == 1, "the parts differ in length"
+
+    @property
+    def longest_was_cut(self):
+        """Whether a trajectory of the greatest length was truncated, not terminated."""
+        return not self.terminated[self.lengths == self.longest].all()
 
     def batch(self, size, context):
         """Draw random windows: a start uniformly over all steps, and the steps that follow it.
@@ -847,9 +847,9 @@ def learning_rate(step, config):
 def draw(trajectories, text, config, step):
     """Return a training step's batch of windows, and of text (None without it).
 
-    Each step has its own seed, which no other --seed shares, so that a resumed run draws what it
-    would have drawn. Under torchrun all processes draw the same batch, and each takes its share:
-    together they do what one would.
+    Each step has its own seed, so that a resumed run draws what it would have drawn; runs of the
+    same length share none. Under torchrun all processes draw the same batch, and each takes its
+    share: together they do what one would.
     """
     seed = config.seed * config.steps + step
     torch.manual_seed(seed)
@@ -906,37 +906,32 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
     scores = {}
     model.train()
 
-    with StopSignals(run_argument(out, config.env)) as signals:
-        steps = range(recorder.start, config.steps + 1)  # step: how many were taken so far
-        # An iteration logs, saves and evaluates the model as it is, then takes the next step.
-        for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
-            evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
-            stopping = in_any_process(signals.received)
+    steps = range(recorder.start, config.steps + 1)  # step: how many were taken so far
+    # An iteration logs, saves and evaluates the model as it is, then takes the next step.
+    for step in tqdm(steps, "training", config.steps, initial=recorder.start, mininterval=1):
+        evaluating = step == config.steps or (step > 0 and step % config.eval_every == 0)
 
-            # Log the mean losses. Until then they stay on the device, so that a GPU need not wait.
-            if evaluating or step % LOG_EVERY == 0:
-                recorder.log_losses(step, optimizer.param_groups[0]["lr"])
+        # Log the mean losses. Until then they stay on the device, so that a GPU need not wait.
+        if evaluating or step % LOG_EVERY == 0:
+            recorder.log_losses(step, optimizer.param_groups[0]["lr"])
 
-            # Save before anything long: a run that is killed loses at most a minute of training.
-            if evaluating or stopping or recorder.save_is_due():
-                recorder.save(step, model, optimizer)
-            if stopping:
-                sys.exit(f"stopped after {step} steps; {signals.advice}")
+        # Save before anything long: a run that is stopped loses at most a minute of training.
+        if evaluating or recorder.save_is_due():
+            recorder.save(step, model, optimizer)
 
-            # Evaluate in the simulator. Under torchrun the other processes wait.
-            if evaluating and can_evaluate:
-                with signals.at_once():
-                    scores = evaluate(
-                        model, environments, config.targets, config.episodes, first_seed(config),
-                        header["reference"], config.delayed,
-                    )  # fmt: skip
-                recorder.log_scores(step, scores)
-            if step == config.steps:
-                return scores
+        # Evaluate in the simulator. Under torchrun the other processes wait.
+        if evaluating and can_evaluate:
+            scores = evaluate(
+                model, environments, config.targets, config.episodes, first_seed(config),
+                header["reference"], config.delayed,
+            )  # fmt: skip
+            recorder.log_scores(step, scores)
+        if step == config.steps:
+            return scores
 
-            # Take the next step.
-            batch, tokens = draw(trajectories, text, config, step)
-            recorder.add(train_step(learner, optimizer, batch, tokens, config, step))
+        # Take the next step.
+        batch, tokens = draw(trajectories, text, config, step)
+        recorder.add(train_step(learner, optimizer, batch, tokens, config, step))
 
 
 def first_seed(config):
@@ -953,45 +948,6 @@ def run_argument(out, env):
     return f"{folder} --env {env}" if ":" in str(env) else folder
 
 
-class StopSignals:
-    """Catches Ctrl-C and SIGTERM in its `with` block, so that a run stops between two steps.
-
-    A second signal ends the run at once. Only the main thread can catch signals; in any other,
-    nothing is caught.
-    """
-
-    def __init__(self, argument):
-        self.received, self.waits, self.previous = False, True, {}
-        self.advice = f"resume with: python lamo.py --resume {argument}"
-
-    def stop(self):
-        sys.exit(f"stopped; {self.advice}")
-
-    def handle(self, signum, frame):
-        if self.received or not self.waits:
-            self.stop()
-        self.received = True
-
-    @contextmanager
-    def at_once(self):
-        """Let a signal, even one already received, end the run at once."""
-        if self.received:
-            self.stop()
-        self.waits = False
-        yield
-        self.waits = True
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self.previous[signum] = signal.signal(signum, self.handle)
-        return self
-
-    def __exit__(self, *error):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-
 class Recorder:
     """Writes a run's log.jsonl and checkpoint.pt, and knows where a resumed run continues.
 
@@ -1003,7 +959,7 @@ class Recorder:
         self.out, self.header = out, header
         self.start = checkpoint["step"] if checkpoint else 0
         self.losses = checkpoint["losses"] if checkpoint else []  # since the last line of the log
-        # The first save is due at once; from then on, `run_folder` keeps the folder.
+        # The first save is due at once: `run_folder` keeps only a folder with a checkpoint.
         self.saved_step, self.saved_at = self.start, -math.inf
         self.logged_step, self.logged_at = self.start, time.perf_counter()
         self.writes = rank_and_world()[0] == 0
@@ -1012,12 +968,11 @@ class Recorder:
         self.path = out / "log.jsonl"
         if checkpoint:
             size = checkpoint["log_size"]
-            if read_checkpoint(out)["step"] != self.start:
-                raise InputError(f"another process still trains in {out}; stop it, then --resume")
             kept = self.path.read_bytes()[:size]  # forget what came after the checkpoint
             if len(kept) < size:
                 raise InputError(f"{self.path} has lost lines; start again, with another --out")
-            with replacing(self.path, header) as file:  # `save` notices that it is a new file
+            # A process that still trains in this folder sees in `save` that the file is another.
+            with replacing(self.path, header) as file:
                 file.write(kept)
         self.file = open(self.path, "a", newline="\n")  # on Windows, too
         if not checkpoint:
@@ -1089,7 +1044,7 @@ class Recorder:
 # -------------------------------------------------------------------------------- several GPUs
 def join_processes():
     """Join the processes that torchrun started, one for each GPU. Only the first of them prints."""
-    if not os.environ.keys() >= {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
+    if not dist.is_torchelastic_launched():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -1115,14 +1070,6 @@ def distribute(model, text):
     return DistributedDataParallel(
         model, find_unused_parameters=text is None, broadcast_buffers=False
     )
-
-
-def in_any_process(flag):
-    """Return whether a flag is set in any process of torchrun, so that all of them act alike."""
-    count = torch.tensor(int(flag))
-    if dist.is_initialized():
-        dist.all_reduce(count)
-    return count.item() > 0
 
 
 # -------------------------------------------------------------------------------- files
@@ -1194,7 +1141,7 @@ def load_causal_lm(name):
     advice = f"cannot find a language model at {name}, in the cache or on the Hugging Face hub"
     with on_error(f"{advice}; check the name and the network"):
         config = from_transformers("AutoConfig", name)
-    with on_error(f"cannot load --lm {name}; get it again, or take another"):
+    with on_error(f"cannot load --lm {name}; download it again, or choose another"):
         if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
             raise ValueError(f"{config.model_type} has an encoder; LaMo needs a decoder-only model")
         model, problems = from_transformers("AutoModelForCausalLM", name, output_loading_info=True)
@@ -1336,11 +1283,11 @@ def read_trajectories(dataset, ratio, seed, delayed=False, device="cpu"):
     observations, actions, rewards, terminated = [], [], [], []
     progress = tqdm(episodes, "reading", count, leave=False, disable=None)
     for episode, recorded in zip(progress, metadata, strict=True):
-        T, states = len(episode.actions), seen(episode.observations)
+        T, states = len(episode.actions), policy_observation(episode.observations)
         if T == 0:
             continue
         steps = recorded.get("total_steps", T)
-        if T != steps:  # of an Arrow or Parquet file, Minari reads 32,768 rows
+        if T != steps:  # Minari reads only the first 32,768 rows of an Arrow or Parquet file
             raise InputError(
                 f"Minari reads {T} of the {steps} steps of episode {episode.id}; give the dataset"
                 " as HDF5"
@@ -1482,7 +1429,7 @@ def replacing(path, header):
 
 
 def write_checkpoint(path, model, header, state):
-    """Write a checkpoint. Of a frozen language model it has the checksum, not the weights."""
+    """Write a checkpoint. It has a frozen language model's checksum, not its weights."""
     weights = model.state_dict()
     if header["lm_checksum"]:
         # Tied weights have several names.
@@ -1534,7 +1481,7 @@ def load(folder, device="cpu", lm=None):
 def set_up_device(device):
     """Let a GPU multiply in TF32. Raises InputError if this machine lacks the device."""
     with on_error(f"cannot use --device {device}; name one that this machine has"):
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # some have no float64
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # Apple's has no float64
     torch.set_float32_matmul_precision("high")
 
 
@@ -1552,7 +1499,7 @@ def build_trunk(config):
         if GPT2.represents(theirs.config):
             trunk = GPT2.from_pretrained(theirs, config.dropout, config.bf16)
         else:
-            with on_error(f"cannot use --lm {config.lm}; take another"):
+            with on_error(f"cannot use --lm {config.lm}; choose another"):
                 trunk = CausalLM(theirs, config.bf16)
             if 3 * config.context > trunk.n_positions:
                 raise InputError(
@@ -1571,67 +1518,34 @@ def prepare(config, title):
     """Load and build all that a run needs, and print what it is.
 
     Returns the Config, with targets from the data if it had none, the header of the run (a dict
-    that says what it was made from), LaMo, Trajectories, Text (None without it) and Environments.
+    that says what it was made from), LaMo, Trajectories, Text (None without it) and Environments
+    (None without evaluations).
     """
-    task = TASKS.get(config.env, OTHER_TASK)
     set_up_device(config.device)
     torch.manual_seed(config.seed)
 
     # The language model comes first: a wrong name shows before anything large is downloaded.
     trunk, lm_checksum = build_trunk(config)
+    if config.lang_coef > 0 and config.text_block > trunk.n_positions:
+        raise InputError(
+            f"--text-block {config.text_block} exceeds --lm's {trunk.n_positions} positions"
+        )
 
-    # The dataset brings its environment.
+    # The data, and the environment that it brings
     with on_error(f"cannot use the dataset --data {config.data}"):
         dataset = atari.preprocess_data(load_dataset(config.data))
         trajectories = read_trajectories(
             dataset, config.ratio, config.seed, config.delayed, config.device
         )
-        observation_space, action_space = policy_spaces(dataset)
-    longest = int(trajectories.lengths.max())
-    longest_was_cut = not trajectories.terminated[trajectories.lengths == longest].all()
     environments = None
     if config.env != "none":
-        with on_error(
-            "cannot make the environment; name one with --env ID or --env module:ID, or train"
-            " without: --env none"
-        ):
-            spec = evaluation_spec(dataset, config.env)
-            spec.max_episode_steps = episode_limit(config, spec, longest, longest_was_cut)
-            environments = Environments(spec)
-            check_spaces(dataset, environments.envs[0])
-            action_space = environments.action_space  # its bounds are those of rollouts
-    returns = trajectories.returns
-    count = f"{len(returns)} of {dataset.total_episodes} trajectories"
-    print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
-    print(f"returns {returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}")
-    is_compressed = getattr(dataset.storage, "jpeg_encoding", True)  # in Minari 0.5.3, always
-    if is_image_space(dataset.storage.observation_space) and is_compressed:
-        print("its images are compressed (JPEG), those of the environment are not")
-    if environments:
-        print(f"env     {spec.id}, episodes of at most {spec.max_episode_steps} steps")
-
-    # The task says what returns to aim for, and their scale; else the data does.
+        environments = evaluation_environments(config, dataset, trajectories)
+    print_data(config, dataset, trajectories, environments)
     if config.targets is None:
-        config = replace(config, targets=default_targets(returns))
-    largest = max(abs(np.array([*returns, *config.targets])))
-    power_of_ten = 10.0 ** round(math.log10(largest)) if largest > 0 else 1.0
-    reference = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
-    # They may be missing, not finite, or equal.
-    if None in reference or not np.isfinite(reference).all() or reference[0] == reference[1]:
-        reference = task.reference
+        config = replace(config, targets=default_targets(trajectories.returns))
 
     # The policy
-    low, high = action_bounds(action_space, trajectories.actions)
-    arguments = {
-        "max_timesteps": longest,
-        "return_scale": float(task.return_scale or power_of_ten),
-        "state_mean": trajectories.state_mean.tolist(),
-        "state_std": trajectories.state_std.tolist(),
-        "action_low": low.tolist(),
-        "action_high": high.tolist(),
-        "discrete": isinstance(dataset.action_space, gym.spaces.Discrete),
-        "image_shape": observation_space.shape if len(observation_space.shape) == 3 else None,
-    }
+    arguments = policy_arguments(config, dataset, trajectories, environments)
     model = LaMo(trunk, config.embed, config.context, **arguments).to(config.device)
     if model.scale_actions(trajectories.actions).abs().max() > 1.01:
         print("the data has actions out of bounds; those of the policy are clipped")
@@ -1643,36 +1557,109 @@ def prepare(config, title):
     text, text_loss = None, None
     if config.lang_coef > 0:
         text = load_text(config.lm, config.text, config.text_block, config.device)
-        check_text(text, trunk)
+        if max(text.tokens.max(), text.held_out.max()) >= trunk.vocab_size:
+            raise InputError(
+                f"the tokenizer exceeds --lm's vocabulary of {trunk.vocab_size} tokens"
+            )
         model.eval()
         text_loss = text.held_out_loss(trunk)
         print(f"text    {config.text}: {len(text.tokens):,} tokens to train on, ", end="")
         print(f"{len(text.held_out):,} held out")
 
     # All that the run is made from, and what eval.py needs
-    recorded = dataset.storage.metadata.get("env_spec")
-    spec_json = spec_to_json(spec) if environments else recorded
+    spec = dataset.storage.metadata.get("env_spec")
+    if environments:
+        spec = spec_to_json(environments.spec)
     arrays = [trajectories.states, trajectories.actions, trajectories.returns_to_go]
     if text:
         arrays += [text.tokens, text.held_out]
-    command = "git describe --always --dirty"  # through a shell, so that a missing git is no error
-    commit = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
-    packages = "torch", "transformers", "gymnasium", "mujoco", "minari"
     header = {
         "title": title,
         "config": asdict(config),
         "arguments": arguments,
-        "reference": reference,
-        "env_spec": spec_json,
-        "longest_was_cut": longest_was_cut,
-        "trajectories": len(returns),
+        "reference": reference_returns(config, dataset),
+        "env_spec": spec,
+        "longest_was_cut": trajectories.longest_was_cut,
+        "trajectories": len(trajectories.returns),
         "text_loss": text_loss,
         "lm_checksum": lm_checksum,
         "data_checksum": checksum(arrays),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
+        **describe_code(),
     }
     return config, header, model, trajectories, text, environments
+
+
+def evaluation_environments(config, dataset, trajectories):
+    """Return the Environments to evaluate in. Raises InputError if they do not suit the data."""
+    with on_error(
+        "cannot make the environment; name one with --env ID or --env module:ID, or train without:"
+        " --env none"
+    ):
+        spec = evaluation_spec(dataset, config.env)
+        spec.max_episode_steps = episode_limit(
+            config, spec, trajectories.longest, trajectories.longest_was_cut
+        )
+        environments = Environments(spec)
+        check_spaces(dataset, environments.envs[0])
+        return environments
+
+
+def print_data(config, dataset, trajectories, environments):
+    """Print what the data is, and where the policy is evaluated."""
+    returns = trajectories.returns
+    count = f"{len(returns)} of {dataset.total_episodes} trajectories"
+    print(f"data    {config.data}: {count}, {len(trajectories.states)} steps, ", end="")
+    print(f"returns {returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}")
+    is_compressed = getattr(dataset.storage, "jpeg_encoding", True)  # in Minari 0.5.3, always
+    if is_image_space(dataset.storage.observation_space) and is_compressed:
+        print("its images are compressed (JPEG), those of the environment are not")
+    if environments:
+        spec = environments.spec
+        print(f"env     {spec.id}, episodes of at most {spec.max_episode_steps} steps")
+
+
+def policy_arguments(config, dataset, trajectories, environments):
+    """Return the arguments of LaMo that depend on the data, as a dict."""
+    observation_space, action_space = policy_spaces(dataset)
+    if environments:
+        action_space = environments.action_space  # its bounds are those of rollouts
+    low, high = action_bounds(action_space, trajectories.actions)
+
+    # The task says by what returns are divided; else it is a power of ten near the largest.
+    return_scale = TASKS.get(config.env, OTHER_TASK).return_scale
+    if not return_scale:
+        largest = max(abs(np.array([*trajectories.returns, *config.targets])))
+        return_scale = 10.0 ** round(math.log10(largest)) if largest > 0 else 1.0
+    return {
+        "max_timesteps": trajectories.longest,
+        "return_scale": float(return_scale),
+        "state_mean": trajectories.state_mean.tolist(),
+        "state_std": trajectories.state_std.tolist(),
+        "action_low": low.tolist(),
+        "action_high": high.tolist(),
+        "discrete": isinstance(dataset.action_space, gym.spaces.Discrete),
+        "image_shape": observation_space.shape if len(observation_space.shape) == 3 else None,
+    }
+
+
+def reference_returns(config, dataset):
+    """Return the returns that score 0 and 100: the data's, else the task's."""
+    reference = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+    # They may be missing, not finite, or equal.
+    if None in reference or not np.isfinite(reference).all() or reference[0] == reference[1]:
+        return TASKS.get(config.env, OTHER_TASK).reference
+    return reference
+
+
+def describe_code():
+    """Return a dict of the packages' versions and the commit of this code, None outside a clone."""
+    packages = "torch", "transformers", "gymnasium", "mujoco", "minari"
+    command = "git describe --always --dirty"  # through a shell, so that a missing git is no error
+    commit = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
+    return {
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "commit": commit.stdout.strip() or None,
+    }
 
 
 def action_bounds(space, actions):
@@ -1681,7 +1668,7 @@ def action_bounds(space, actions):
     gymnasium.wrappers.ClipAction leaves a space without bounds.
     """
     low, high = space.low.astype(float), space.high.astype(float)
-    has_low, has_high = abs(low) < 1e6, abs(high) < 1e6  # or else infinite, or the largest number
+    has_low, has_high = abs(low) < 1e6, abs(high) < 1e6  # no bound: infinite, or a huge number
     if has_low.all() and has_high.all():
         return low, high
     print("the actions have no bounds; those of the data are taken instead")
@@ -1734,14 +1721,6 @@ def entry_shapes(space):
     return space.shape
 
 
-def check_text(text, trunk):
-    """Raise InputError if a trunk cannot read the text."""
-    if text.block > trunk.n_positions:
-        raise InputError(f"--text-block {text.block} exceeds --lm's {trunk.n_positions} positions")
-    if max(text.tokens.max(), text.held_out.max()) >= trunk.vocab_size:
-        raise InputError(f"the tokenizer exceeds --lm's vocabulary of {trunk.vocab_size} tokens")
-
-
 def default_targets(returns):
     """Return the best return of the data and a worse one: half of it; if negative, twice."""
     best = float(returns.max())
@@ -1761,11 +1740,13 @@ def run(config, title, out, checkpoint=None):
         header = checkpoint["header"] | {"config": header["config"]}  # files may have moved
 
     print(f"run     {config.steps:,} steps on {config.device}, into {out}", flush=True)
-    scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
-    if rank_and_world()[0] == 0:
-        with StopSignals(run_argument(out, config.env)) as signals, signals.at_once():
+    try:
+        scores = train(model, trajectories, text, environments, config, header, out, checkpoint)
+        if rank_and_world()[0] == 0:
             report(config, header, model, text, scores, out)
-        print(f"{time.time() - started:.0f} s, all in {out}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; resume with: python lamo.py --resume {run_argument(out, config.env)}")
+    print(f"{time.time() - started:.0f} s, all in {out}")
 
 
 def report(config, header, model, text, scores, out):
@@ -1838,7 +1819,7 @@ def configure(given):
     of_task = {"data": task.data, "targets": task.targets, "context": task.context}
 
     def combine(settings):
-        # Where several set an option, the last of them counts.
+        # Where several set an option, the last of them wins.
         config = Config(**of_task | settings | task.settings | METHODS[method] | given)
         check_options(config)
         return config
@@ -1914,8 +1895,8 @@ def run_folder(out, env):
 def resume(out, given):
     """Go on with the run in a folder; `given` are the other options of the command line."""
     if given.keys() - {"device", "lm", "data", "text", "env"}:
-        allowed = "only --device; --lm, --data or --text, if it has moved; --env, to allow a module"
-        raise InputError(f"--resume keeps the run's settings; it takes {allowed}")
+        allowed = "--device, --env (to allow a module), and --lm, --data and --text (if moved)"
+        raise InputError(f"--resume keeps the run's settings; it takes only {allowed}")
     checkpoint = read_checkpoint(out)
     header = checkpoint["header"]
     config = Config(**header["config"] | with_full_paths(given))
@@ -1925,7 +1906,9 @@ def resume(out, given):
     given_env, run_env = given.get("env"), header["config"]["env"]
     if given_env is None and ":" in str(run_env):
         raise InputError(f"the run evaluates in {run_env}; allow it with --env {run_env}")
-    if given_env is not None and given_env.split(":")[-1] != str(run_env).split(":")[-1]:
+    if given_env is not None and (
+        not run_env or given_env.split(":")[-1] != run_env.split(":")[-1]
+    ):
         where = run_env or "the environment of its data"
         raise InputError(f"the run evaluates in {where}; --resume takes no other --env")
 
@@ -1958,12 +1941,14 @@ def run_command(main, program):
 
     `python -X dev` shows where it comes from.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):  # so that nothing half-written stays
-        signal.signal(signum, lambda *_: sys.exit(1))
+    # SIGTERM ends a run as Ctrl-C does, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(1)
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        # On a GPU, a lack of memory has a class of its own, on a CPU only its text.
+        # A lack of memory has a class of its own on a GPU; on a CPU, only the message tells it.
         no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not no_memory):
             raise
