@@ -73,9 +73,10 @@ def checkpoint_weights(folder):
     return {name: weight.tolist() for name, weight in weights.items()}
 
 
-def read_tables(page, corner):
-    """The tables of a page whose first cell is `corner`, as lists of cells by line."""
+def read_tables(page, corner, after=""):
+    """The tables of a page, after a text, whose first cell is `corner`; as lists of cells by line."""
     text = (HERE / "results" / page).read_text()
+    text = text[text.index(after) :]
     tables = re.findall(rf"(?m)^\| ?{corner} \|.*(?:\n\|.*)+", text)
     assert tables
     return [
@@ -639,8 +640,8 @@ def test_tuning_tries_more_where_the_edge_wins():
 def test_figures_of_the_readme_are_those_of_the_tables():
     answers = (HERE / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0]
 
-    def cell(corner, line, column, number=0):
-        header, _, *lines = read_tables("README.md", corner)[number]
+    def cell(corner, line, column, after=""):
+        header, _, *lines = read_tables("README.md", corner, after)[0]
         [cells] = [cells for cells in lines if cells[0] == line]
         return cells[header.index(column)]
 
@@ -649,7 +650,7 @@ def test_figures_of_the_readme_are_those_of_the_tables():
     cells = {
         "DT minus LaMo {}": [cell("score", "DT", "minus LaMo")],
         "DT {}, DT with MLPs {}, random trunk {}": [
-            cell("score", name, "minus LaMo", 1)
+            cell("score", name, "minus LaMo", "<!-- reacher2d -->")
             for name in ("DT", "DT, MLP embedders", "random trunk")
         ],
         "kitchen-partial {}, hopper {}": [
@@ -659,10 +660,10 @@ def test_figures_of_the_readme_are_those_of_the_tables():
         "LaMo {}, all weights trained {}": [
             cell("reacher2d 10%, longer", docstrings, name) for name in ("LaMo", "all trained")
         ],
-        "Wiki-RL minus LaMo: {}": [cell("score", "Wiki-RL", "minus LaMo", 1)],
+        "Wiki-RL minus LaMo: {}": [cell("score", "Wiki-RL", "minus LaMo", "<!-- reacher2d -->")],
         "reacher2d {}, six tasks {}": [
-            cell("return", "TD3+BC minus LaMo, score", "reacher2d", 5),
-            cell("score", "TD3+BC", "minus LaMo", 5),
+            cell("return", "TD3+BC minus LaMo, score", "reacher2d", "<!-- baselines -->"),
+            cell("score", "TD3+BC", "minus LaMo", "<!-- baselines -->"),
         ],
         "hopper {}, kitchen-partial {}": re.findall(
             rf"changes by ({INTERVAL}) points", read_text()
@@ -925,7 +926,7 @@ def test_profile_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
             line[:12].strip(): float(line[12:].split()[0]) for line in lines[:-3] if " ms " in line
         }
         whole = parts.pop("whole step")
-        assert 0.5 * whole < sum(parts.values()) < 2 * whole
+        assert 0.2 * whole < sum(parts.values()) < 5 * whole  # other processes take time, too
     timing.main([*SHORT.split(), *NOT_EVALUATED])
     assert capsys.readouterr().out.splitlines()[-1].startswith("peak memory")
     assert not list(tmp_path.iterdir())
