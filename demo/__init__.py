@@ -19,7 +19,7 @@ SETTINGS = {
     "warmup": 100,
     "eval_every": 1000,
 }
-TUNED = {  # by results/make.py, for each domain; for other tasks, and for Wiki-RL, by results/first/
+TUNED = {  # by results/make.py, for each domain; for others, and Wiki-RL's kitchen, by results/first/
     "lamo": {
         "locomotion": {"lr": 1e-2, "dropout": 0.1},
         "kitchen": {"lr": 3e-3, "dropout": 0.1},
@@ -32,7 +32,10 @@ TUNED = {  # by results/make.py, for each domain; for other tasks, and for Wiki-
         "reacher2d": {"lr": 1e-3},
         None: {"lr": 1e-2, "dropout": 0.1},
     },
-    "wiki-rl": {None: {"lr": 3e-3}},
+    "wiki-rl": {
+        "locomotion": {"lr": 1e-2, "dropout": 0.1},
+        None: {"lr": 3e-3},
+    },
 }
 DOMAINS = {
     "hopper": "locomotion",

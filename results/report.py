@@ -17,6 +17,7 @@ from scipy import stats
 
 from results.make import (
     BASELINES,
+    COMPARED,
     DOMAIN,
     DT_WITH_MLPS,
     HARDER,
@@ -55,7 +56,8 @@ NAMES = {
 }
 MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHER_TASKS, *HARDER]
 COMPARISONS = {  # tasks and methods, by name; the first method is the one that others differ from
-    "methods": (MAIN, LAMO_AND_DT),  # not Wiki-RL, which has run on reacher2d only
+    "methods": (MAIN, LAMO_AND_DT),
+    "wiki-rl": (MAIN, [*COMPARED]),  # has not run on all of them yet
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], LAMO_AND_DT),
     "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], LAMO_AND_DT),
     "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS, *DT_WITH_MLPS]),
