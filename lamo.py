@@ -1567,9 +1567,9 @@ def prepare(config, title):
         print(f"{len(text.held_out):,} held out")
 
     # All that the run is made from, and what eval.py needs
-    spec = dataset.storage.metadata.get("env_spec")
+    env_spec = dataset.storage.metadata.get("env_spec")
     if environments:
-        spec = spec_to_json(environments.spec)
+        env_spec = spec_to_json(environments.spec)
     arrays = [trajectories.states, trajectories.actions, trajectories.returns_to_go]
     if text:
         arrays += [text.tokens, text.held_out]
@@ -1578,7 +1578,7 @@ def prepare(config, title):
         "config": asdict(config),
         "arguments": arguments,
         "reference": reference_returns(config, dataset),
-        "env_spec": spec,
+        "env_spec": env_spec,
         "longest_was_cut": trajectories.longest_was_cut,
         "trajectories": len(trajectories.returns),
         "text_loss": text_loss,

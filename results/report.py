@@ -323,6 +323,11 @@ def curves(table, task, method, measure):
     return [{int(row["step"]): float(row[measure]) for row in rows} for rows in runs]
 
 
+def means(runs, steps):
+    """Return the mean of each run of `curves` over some of its steps, as an array."""
+    return np.array([np.mean([run[step] for step in steps]) for run in runs])
+
+
 def longer_lines(table, task, methods):
     """Return the lines of a table of what longer training does, mean and spread over seeds.
 
@@ -335,7 +340,7 @@ def longer_lines(table, task, methods):
         for method in methods:
             runs = curves(table, trained_on, method, measure) or []
             runs = runs[: len(table[task, method])]
-            numbers = [np.mean([run[step] for step in steps]) for run in runs]
+            numbers = means(runs, steps)
             cells.append(format_spread(numbers, digits) if runs else "–")
         if set(cells) != {"–"}:
             rows.append([f"{MEASURES[measure]}, {title}", *cells])
@@ -394,14 +399,10 @@ def pairs_lines(table):
     """
     rows = [["score, steps 6,000 to 10,000", "by seed", "best target", "over all targets"]]
 
-    def scores(task, method, name):
-        runs = curves(table, task, method, name)
-        return np.array([np.mean([run[step] for step in LAST_STEPS]) for run in runs])
-
     for task, first, second in PAIRS:
         if {(task, first), (task, second)} <= table.keys():
             best, over_targets = (
-                [scores(task, method, name) for method in (first, second)]
+                [means(curves(table, task, method, name), LAST_STEPS) for method in (first, second)]
                 for name in ("best_score", "mean_score")
             )
             title = f"{task.split(',')[0]}: {name_of(second)} − {name_of(first)}"

@@ -39,6 +39,7 @@ NAMES = {
 
 
 INTERVAL = r"[-+]\d+\.\d \(-?\d+\.\d to -?\d+\.\d\)"  # a difference and its interval
+LAST_STEPS = ["6000", "7000", "8000", "9000", "10000"]  # of the longer runs
 NOT_EVALUATED = ["--env", "none", "--data", "demo/lamo/hopper/demo-v0"]
 
 
@@ -263,7 +264,7 @@ def test_the_table_of_longer_training_is_that_of_the_runs():
                     tuned = setting_of_lamo if of_controls else settings[method, make.DOMAIN[task]]
                     steps = [step.replace(",", "")]
                     if end.startswith("mean"):
-                        steps = ["6000", "7000", "8000", "9000", "10000"]
+                        steps = LAST_STEPS
                     numbers = defaultdict(list)
                     for row in rows:
                         if (
@@ -363,16 +364,15 @@ def test_the_tables_of_rises_are_those_of_the_runs(longer):
 
 
 def test_the_table_of_scores_after_longer_training_is_that_of_the_runs(longer):
-    steps = ["6000", "7000", "8000", "9000", "10000"]
     [[_, _, *lines]] = read_tables("README.md", "score, steps 6,000 to 10,000")
     assert len(lines) >= 6
     for title, seeds, *cells in lines:
         task, pair = title.split(": ")
         second, first = pair.split(" − ")
         for measure, cell in zip(("best_score", "mean_score"), cells, strict=True):
-            ours, theirs = ({}, {})
+            ours, theirs = {}, {}
             for scores, name in (ours, first), (theirs, second):
-                parts = [longer(f"{task}, longer", name, measure, step) for step in steps]
+                parts = [longer(f"{task}, longer", name, measure, step) for step in LAST_STEPS]
                 for seed in parts[0]:
                     scores[seed] = {measure: statistics.mean(part[seed] for part in parts)}
             check_difference(cell, [ours], [theirs], measure)
@@ -932,7 +932,7 @@ def test_profile_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
             line[:12].strip(): float(line[12:].split()[0]) for line in lines[:-3] if " ms " in line
         }
         whole = parts.pop("whole step")
-        assert 0.2 * whole < sum(parts.values()) < 5 * whole  # other processes take time, too
+        assert 0.5 * whole < sum(parts.values()) < 2 * whole
     timing.main([*SHORT.split(), *NOT_EVALUATED])
     assert capsys.readouterr().out.splitlines()[-1].startswith("peak memory")
     assert not list(tmp_path.iterdir())
