@@ -908,6 +908,7 @@ def test_another_trunk_takes_the_place_of_gpt2(tmp_path):
     assert lines[-1]["language_loss"] < lines[0]["language_loss"]
 
 
+@pytest.mark.slow
 def test_the_losses_compile_whole():
     """In one graph, so that torch.compile(model) has nothing to fall back from."""
     model, tokens = tiny_lamo(**DROPOUT).eval(), torch.randint(300, (2, 16))
@@ -1478,13 +1479,11 @@ def test_what_is_given_goes_before_the_method_and_that_before_the_demo():
 def test_two_processes_equal_one(tmp_path, lm_folder):
     """Gradients of half a batch each add up to those of one: with windows that end early, text, and shared episodes."""
     options = f"{SHORT} --context 100 --dropout 0 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
-    for script, out in (
-        ("lamo.py", "one"),
-        ("-m torch.distributed.run --standalone --nproc-per-node 2 lamo.py", "two"),
-    ):
-        result = command(script, *options.split(), tmp_path / out, OMP_NUM_THREADS="1")
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("DEMO ASSETS") == 2  # one process speaks
+    lamo.main([*options.split(), str(tmp_path / "one")])
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 lamo.py"
+    result = command(torchrun, *options.split(), tmp_path / "two", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("DEMO ASSETS") == 2  # one process speaks
     one, two = (lamo.read_checkpoint(tmp_path / out)["weights"] for out in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=1e-5, msg=name)
@@ -1614,6 +1613,7 @@ def test_an_error_of_the_code_is_no_mistake_of_the_user():
         lamo.run_command(lambda _: torch.zeros(2) @ torch.zeros(3, 3), "lamo.py")
 
 
+@pytest.mark.slow
 def test_python_dev_mode_shows_where_a_mistake_comes_from():
     run = command("-X dev lamo.py --demo --data setup.py")
     assert run.returncode == 1 and "in load_dataset" in run.stderr
@@ -1765,9 +1765,8 @@ DEMO_RUNS = [(name, "lamo") for name in DEMO_TASKS] + [("hopper", "dt"), ("hoppe
 @pytest.mark.parametrize("name, method", DEMO_RUNS)
 def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folder):
     lm = f"--lm {lm_folder}" if method != "dt" else "--bf16"
-    lamo.main(
-        f"{SHORT} --targets 1 --env {name} --method {method} {lm} --out {tmp_path / 'run'}".split()
-    )
+    options = f"{SHORT} --targets 1 --max-steps 100 --env {name} --method {method} {lm}"
+    lamo.main(f"{options} --out {tmp_path / 'run'}".split())
     policy, config, header = lamo.load(tmp_path / "run")
     task, spec = lamo.TASKS[name], evaluation.spec_from_json(header["env_spec"])
     assert spec.id == task.env_id.split(":")[-1] and config.data == f"demo/lamo/{name}/demo-v0"
@@ -1778,9 +1777,8 @@ def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folde
     assert (config.embed == "mlp") == (method == "lamo") and policy.trunk.bf16 == (method == "dt")
     scores = read_scores(tmp_path / "run")
     assert (scores["text_loss_before"] is None) == (method == "dt")
-    assert 1 <= scores["best"]["length_mean"] <= spec.max_episode_steps and math.isfinite(
-        scores["best"]["return_mean"]
-    )
+    assert 1 <= scores["best"]["length_mean"] <= spec.max_episode_steps == 100
+    assert math.isfinite(scores["best"]["return_mean"])
 
 
 # ---------------------------------------------------------------------------- what people bring
