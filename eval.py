@@ -35,8 +35,8 @@ NUM_ENVS = 20  # at a time; a kitchen takes 90 MB
 LOST_WRAPPERS = "NormalizeObservation", "NormalizeReward", "RecordVideo", "HumanRendering"
 
 
-# A dataset or a checkpoint may come from anyone. So no code that its EnvSpec names is run: only
-# registered environments and Gymnasium's own wrappers are made.
+# A dataset or a checkpoint may come from anyone, so no code that its EnvSpec names is run. Only
+# registered environments are made, with wrappers of Gymnasium or of their own registration.
 def spec_of(env_id, recorded=None):
     """Return the EnvSpec of an id that the user names. `module:ID` imports the module first.
 
@@ -50,14 +50,15 @@ def spec_of(env_id, recorded=None):
     recorded = json.loads(recorded or "{}")
     wrappers = [WrapperSpec(**wrapper) for wrapper in recorded.get("additional_wrappers", ())]
     if recorded.get("id") == registered.id:
+        settings = recorded
         kept = [wrapper for wrapper in wrappers if can_rebuild(wrapper, registered)]
     else:
+        settings = {"max_episode_steps": registered.max_episode_steps}
         kept = registered.additional_wrappers
-        recorded = {"max_episode_steps": registered.max_episode_steps}
     for wrapper in wrappers:
         if wrapper not in kept:
             print(f"evaluating without the wrapper {wrapper.name}")
-    return with_settings(registered, recorded, kept)
+    return with_settings(registered, settings, kept)
 
 
 def can_rebuild(wrapper, registered):
@@ -97,8 +98,8 @@ def spec_from_json(text):
     """Return the EnvSpec that a file describes. Nothing in the file runs as code.
 
     The environment must be in Gymnasium's registry, after importing gymnasium_robotics, demo/ and
-    Atari's games, and its wrappers must be Gymnasium's own. Raises ValueError if not, or if there
-    is no text.
+    Atari's games, and its wrappers must be Gymnasium's, or registered with it. Raises ValueError if
+    not, or if there is no text.
     """
     if not text:
         raise ValueError("no environment is recorded")
@@ -310,7 +311,7 @@ class Histories:
         self.episode_steps[row] += 1
 
     def act(self, policy, rows, batch=None):
-        """Return a policy's actions for some rows, as the environment takes them, and add them.
+        """Return a policy's actions for some rows, as `Environments.step` takes them, and add them.
 
         Repeats rows until the policy has a batch of the given size.
         """

@@ -56,6 +56,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import constants, get_session, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import enable_progress_bars
 from minari.dataset.minari_storage import is_image_space
 from pyarrow import parquet
 from torch.nn.parallel import DistributedDataParallel
@@ -251,9 +252,9 @@ class Config:
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A dropout(x): W is frozen, A and B train (Hu et al. 2021).
 
-    As in the authors' code, b trains, too. GPT-2's queries, keys and values are three projections,
-    `fused` in one layer: each has an A (r, in) and a B (out / fused, r) of its own. The fused layers
-    of other models count as one projection.
+    As in the authors' code, b trains, too. `fused` projections share the layer, each with an A
+    (r, in) and a B (out / fused, r) of its own: three in GPT-2, where one layer makes queries, keys
+    and values. A layer of any other model counts as one.
     """
 
     def __init__(self, linear, rank, alpha, dropout, fused):
@@ -340,7 +341,7 @@ class GPT2(nn.Module):
         language_loss(tokens)            token ids (B, T) -> mean cross-entropy of the next token
         vocab_size, n_positions          bounds of token ids, and of the length of a text
 
-    The last two are for the language loss only.
+    language_loss, vocab_size and n_positions are only for the language loss.
     """
 
     def __init__(
@@ -366,7 +367,7 @@ class GPT2(nn.Module):
 
     @staticmethod
     def represents(config):
-        """Return whether this class can stand in for the model of transformers with a config."""
+        """Return whether this class computes what transformers' model with a config does."""
         return config.model_type == "gpt2" and all(
             (
                 config.activation_function in ("gelu_new", "gelu_pytorch_tanh"),  # the same
@@ -441,12 +442,13 @@ class CausalLM(nn.Module):
         self.vocab_size, self.width = theirs.get_input_embeddings().weight.shape
         self.n_positions = getattr(theirs.config, "max_position_embeddings", None) or math.inf
 
-        # An encoder, such as BERT, sees the future: a change in token 1 changes the output at 0.
+        # Two inputs that differ only in their second token must give the same first output. With an
+        # encoder, such as BERT, they do not: it sees the future.
         x = torch.zeros(2, 2, self.width)
-        x[1, 1] = torch.linspace(-9, 9, self.width)
+        x[1, 1] = torch.linspace(-9, 9, self.width)  # a LayerNorm would remove a constant
         with torch.no_grad():
-            first, second = self.eval()(x)
-        if not torch.allclose(first[0], second[0], rtol=1e-3, atol=1e-3):
+            outputs = self.eval()(x)[:, 0]  # (2, D)
+        if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3):
             raise InputError(f"--lm is a {theirs.config.model_type}, which is not causal")
         self.train()
 
@@ -475,7 +477,7 @@ class CausalLM(nn.Module):
             names = ", ".join(self.PROJECTIONS)
             raise InputError(
                 f"LoRA finds none of {names} in --lm; to train it whole, add --lora-rank 0"
-                " --train-trunk, to leave it frozen, --lora-rank 0 --lang-coef 0"
+                " --train-trunk; to leave it frozen, --lora-rank 0 --lang-coef 0"
             )
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(adapted) < layers:
@@ -531,7 +533,10 @@ class ImageEncoder(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.channels_last = shape[2] <= shape[0]
-        C, *pixels = shape[::-1] if self.channels_last else shape
+        if self.channels_last:
+            *pixels, C = shape
+        else:
+            C, *pixels = shape
         if min(pixels) < 3:
             raise InputError(
                 f"images of shape {tuple(shape)} are too small; the least is 3 x 3 pixels"
@@ -847,9 +852,9 @@ def learning_rate(step, config):
 def draw(trajectories, text, config, step):
     """Return a training step's batch of windows, and of text (None without it).
 
-    Each step has its own seed, so that a resumed run draws what it would have drawn; runs of the
-    same length share none. Under torchrun all processes draw the same batch, and each takes its
-    share: together they do what one would.
+    Each step has a seed of its own, so that a resumed run draws what it would have drawn. Runs of
+    the same length with another --seed share none. Under torchrun all processes draw the same
+    batch, and each takes its share: together they do what one would.
     """
     seed = config.seed * config.steps + step
     torch.manual_seed(seed)
@@ -935,7 +940,10 @@ def train(model, trajectories, text, environments, config, header, out, checkpoi
 
 
 def first_seed(config):
-    """Return the simulator's seed of the first evaluation episode; no two --seed share one."""
+    """Return the simulator's seed of the first evaluation episode; the others follow it.
+
+    Runs with different --seed share no episode.
+    """
     return 10_000 * config.seed  # --episodes is at most 10,000, and seeds stay below 2**32
 
 
@@ -971,8 +979,8 @@ class Recorder:
             kept = self.path.read_bytes()[:size]  # forget what came after the checkpoint
             if len(kept) < size:
                 raise InputError(f"{self.path} has lost lines; start again, with another --out")
-            # A process that still trains in this folder sees in `save` that the file is another.
-            with replacing(self.path, header) as file:
+            # The log becomes another file: a process that still trains here sees that in `save`.
+            with replacing(self.path) as file:
                 file.write(kept)
         self.file = open(self.path, "a", newline="\n")  # on Windows, too
         if not checkpoint:
@@ -1042,12 +1050,22 @@ class Recorder:
 
 
 # -------------------------------------------------------------------------------- several GPUs
-def join_processes():
-    """Join the processes that torchrun started, one for each GPU. Only the first of them prints."""
+def join_processes(device):
+    """Join the processes that torchrun started, one for each GPU. Only the first of them prints.
+
+    `device` is the --device that the user gave, or None. Raises InputError if there are too few
+    GPUs.
+    """
     if not dist.is_torchelastic_launched():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if torch.cuda.is_available() and device != "cpu":
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus:
+            raise InputError(
+                f"torchrun starts {processes} processes, but this machine has {gpus} GPUs; lower"
+                " --nproc-per-node, or add --device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations can take long
     if dist.get_rank() > 0:
@@ -1066,10 +1084,8 @@ def distribute(model, text):
     """Return the model; under torchrun, wrap it so that processes average their gradients."""
     if not dist.is_initialized():
         return model
-    # Without text, the token embeddings of a trunk that trains get no gradient. Buffers are fixed.
-    return DistributedDataParallel(
-        model, find_unused_parameters=text is None, broadcast_buffers=False
-    )
+    # Without text, the token embeddings of a trunk that trains get no gradient.
+    return DistributedDataParallel(model, find_unused_parameters=text is None)
 
 
 # -------------------------------------------------------------------------------- files
@@ -1119,11 +1135,12 @@ def find_file(dataset, filename):
 
 
 def from_transformers(kind, name, **keywords):
-    """Call from_pretrained of a class of transformers, given by name, on a folder or a hub name."""
+    """Call from_pretrained of transformers' class `kind` on a folder or a hub name."""
     import transformers  # takes seconds, and is not always needed
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # of loading; it hides those of downloads, too
+    enable_progress_bars()
     local = find_local(name)
     return getattr(transformers, kind).from_pretrained(
         local or name,
@@ -1224,7 +1241,7 @@ def load_dataset(name):
             f"--data {name} is neither a folder nor an id, such as mujoco/hopper/medium-v0"
         )
     namespace, _, rest = name.partition("/")
-    # The small file first: the two look-ups follow closely, so that both find the same version.
+    # The small file first: during a long download, the hub may get another version of the dataset.
     for filename in ("metadata.json", "main_data.hdf5"):
         path = find_file(f"farama-minari/{namespace}", f"{rest}/data/{filename}")
     return open_dataset(path.parent)
@@ -1334,9 +1351,7 @@ def vectors(actions, space):
     choices = actions.astype(np.int64) - space.start
     if choices.min() < 0 or choices.max() >= space.n:
         raise InputError(f"an action in the data is not in its space, {space}")
-    one_hot = np.zeros((len(choices), space.n), np.float32)
-    one_hot[np.arange(len(choices)), choices] = 1
-    return one_hot
+    return F.one_hot(torch.tensor(choices), int(space.n)).float().numpy()
 
 
 def recorded_rewards(dataset, episode):
@@ -1365,7 +1380,13 @@ def evaluation_spec(dataset, env):
     """
     metadata = dataset.storage.metadata
     recorded, for_evaluation = metadata.get("env_spec"), metadata.get("eval_env_spec")
-    chosen = for_evaluation if env == "eval" or not recorded else recorded
+    chosen = recorded or for_evaluation
+    if env == "eval":
+        if not for_evaluation:
+            raise InputError(
+                "the dataset names no environment for evaluations; leave out --env eval"
+            )
+        chosen = for_evaluation
     if env in (None, "eval", *TASKS):
         if for_evaluation not in (None, chosen):
             print("the dataset has another environment for evaluations; to take it, add --env eval")
@@ -1411,13 +1432,11 @@ def checksum(arrays):
 
 
 @contextmanager
-def replacing(path, header):
-    """Open a new file, which takes the place of the one at `path` once all is written."""
+def replacing(path):
+    """Open a new file in a run's folder; it replaces the one at `path` once all is written."""
     partial = path.with_suffix(".partial")
-    argument = run_argument(path.parent, header["config"]["env"])
-    with on_error(
-        f"cannot write {path}; free some space, then start again, or --resume {argument}"
-    ):
+    folder = shlex.quote(str(path.parent))
+    with on_error(f"cannot write {path}; free some space, then start again, or --resume {folder}"):
         try:
             with open(partial, "wb") as file:
                 yield file
@@ -1436,7 +1455,7 @@ def write_checkpoint(path, model, header, state):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 del weights[name]
-    with replacing(path, header) as file:
+    with replacing(path) as file:
         torch.save({"version": VERSION, "header": header, "weights": weights} | state, file)
 
 
@@ -1671,7 +1690,7 @@ def action_bounds(space, actions):
     has_low, has_high = abs(low) < 1e6, abs(high) < 1e6  # no bound: infinite, or a huge number
     if has_low.all() and has_high.all():
         return low, high
-    print("the actions have no bounds; those of the data are taken instead")
+    print("where the actions have no bounds, those of the data are taken")
     actions = actions.cpu().numpy()
     low = np.where(has_low, low, actions.min(axis=0))
     high = np.where(has_high, high, actions.max(axis=0))
@@ -1695,10 +1714,11 @@ def episode_limit(config, spec, longest, longest_was_cut):
 
 def check_spaces(dataset, env):
     """Raise InputError if an environment has other observations or actions than the data."""
-    ours, theirs = ([space.shape for space in policy_spaces(part)] for part in (dataset, env))
-    for name, our, their in zip(("observations", "actions"), ours, theirs):
-        if our != their:
-            raise InputError(f"the data has {name} of shape {our}, its environment {their}")
+    names = "observations", "actions"
+    for name, ours, theirs in zip(names, policy_spaces(dataset), policy_spaces(env)):
+        if ours.shape != theirs.shape:
+            shapes = f"{name} of shape {ours.shape}, its environment {theirs.shape}"
+            raise InputError(f"the data has {shapes}")
     data_space, env_space = dataset.observation_space, env.observation_space
     if entry_shapes(data_space) != entry_shapes(env_space):
         print(f"the data has observations {data_space}, its environment {env_space}")
@@ -1715,7 +1735,7 @@ def check_spaces(dataset, env):
 
 
 def entry_shapes(space):
-    """Return the shapes of a Dict's entries by name, None for a nested one; for others, its own."""
+    """Return the shape of a space; for a Dict, its entries' shapes by name, None for a nested Dict."""
     if isinstance(space, gym.spaces.Dict):
         return {name: part.shape for name, part in space.items()}
     return space.shape
@@ -1814,7 +1834,7 @@ def configure(given):
     env, method = given.get("env", Config.env), given.get("method", Config.method)
     if "data" not in given and env not in TASKS:
         tasks = ", ".join(TASKS)
-        raise InputError(f"--env {env} is not one of {tasks}; give its dataset, too: --data")
+        raise InputError(f"--env {env} is not one of {tasks}; it needs a dataset, too: add --data")
     task = TASKS.get(env, OTHER_TASK)
     of_task = {"data": task.data, "targets": task.targets, "context": task.context}
 
@@ -1856,7 +1876,7 @@ def check_options(config):
     adapted = config.lora_rank > 0 or config.train_trunk
     if config.lang_coef > 0 and (config.lm == "none" or not adapted):
         needs = "a language model, and LoRA or --train-trunk"
-        raise InputError(f"the language loss needs {needs}; add --lang-coef 0")
+        raise InputError(f"the language loss needs {needs}; to do without, add --lang-coef 0")
     if config.train_trunk and config.lora_rank > 0:
         raise InputError(
             "LoRA freezes the trunk; --train-trunk trains it, as --method dt and wiki-rl do: add"
@@ -1876,7 +1896,7 @@ def fetch(config):
         load_dataset(config.data)
     if config.lang_coef > 0:
         load_tokenizer(config.lm)
-        wikitext_files()  # `demo.reason` never fetches if --text is given
+        wikitext_files()  # with another --text, `demo.reason` does not call this
 
 
 @contextmanager
@@ -1924,7 +1944,7 @@ def resume(out, given):
 def main(arguments):
     """Train and evaluate as the command line says."""
     given = parse(arguments)
-    join_processes()
+    join_processes(given.get("device"))
     if "resume" in given:
         return resume(Path(given.pop("resume")), given)
     config, title = configure(given)
