@@ -1576,6 +1576,7 @@ def test_what_is_given_goes_before_the_method_and_that_before_the_demo():
         assert lamo.configure({"demo": True, "method": method, "lr": 5.0})[0].lr == 5.0
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, lm_folder):
     """Gradients of half a batch each add up to those of one: with windows that end early, text, and shared episodes."""
     options = f"{SHORT} --context 100 --dropout 0 --lora-dropout 0 --lm {lm_folder} --episodes 2 --seed 1 --out"
@@ -1753,6 +1754,7 @@ def test_a_stopped_run_says_how_to_go_on(function, lm_folder, tmp_path, monkeypa
     assert (out / "scores.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_ends_the_command_quietly(number):
     code = "import os, lamo; lamo.run_command(lambda _: os.kill(os.getpid(), {}), 'lamo.py')"
@@ -1853,11 +1855,13 @@ def test_a_kitchen_that_is_named_pays_once_too(kitchen):
 
 def test_kitchen_from_start_to_end(kitchen, tmp_path, lm_folder, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(kitchen[0].parents[2]))  # found there by its id
-    options = f"{SHORT} --ratio 1 --env kitchen-complete --data D4RL/kitchen/complete-v2 --targets 4 --bf16"
+    options = (
+        f"{SHORT} --ratio 1 --env kitchen-complete --data D4RL/kitchen/complete-v2 --targets 4"
+    )
     lamo.main(f"{options} --lm {lm_folder} --out {tmp_path / 'run'}".split())
     policy, config, header = lamo.load(tmp_path / "run")
     spec = evaluation.spec_from_json(header["env_spec"])
-    assert header["reference"] == (0, 4) and policy.trunk.bf16
+    assert header["reference"] == (0, 4)
     assert len(policy.state_mean) == 59 and spec.max_episode_steps == 280
     assert policy.max_timesteps == max(map(len, kitchen[1]))  # the longest in the data
     assert spec.kwargs["tasks_to_complete"] == [
@@ -1878,7 +1882,7 @@ DEMO_RUNS = [(name, "lamo") for name in DEMO_TASKS] + [("hopper", "dt"), ("hoppe
 @pytest.mark.parametrize("name, method", DEMO_RUNS)
 def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folder):
     lm = f"--lm {lm_folder}" if method != "dt" else "--bf16"
-    options = f"{SHORT} --targets 1 --max-steps 100 --env {name} --method {method} {lm}"
+    options = f"{SHORT} --targets 1 --max-steps 20 --env {name} --method {method} {lm}"
     lamo.main(f"{options} --out {tmp_path / 'run'}".split())
     policy, config, header = lamo.load(tmp_path / "run")
     task, spec = lamo.TASKS[name], evaluation.spec_from_json(header["env_spec"])
@@ -1890,7 +1894,7 @@ def test_every_task_and_method_runs_on_the_demo(name, method, tmp_path, lm_folde
     assert (config.embed == "mlp") == (method == "lamo") and policy.trunk.bf16 == (method == "dt")
     scores = read_scores(tmp_path / "run")
     assert (scores["text_loss_before"] is None) == (method == "dt")
-    assert 1 <= scores["best"]["length_mean"] <= spec.max_episode_steps == 100
+    assert 1 <= scores["best"]["length_mean"] <= spec.max_episode_steps == 20
     assert math.isfinite(scores["best"]["return_mean"])
 
 
