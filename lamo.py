@@ -1062,8 +1062,8 @@ def join_processes(device):
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes > gpus:
             raise InputError(
-                f"torchrun starts {processes} processes, but this machine has {gpus} GPUs; lower"
-                " --nproc-per-node, or add --device cpu"
+                f"torchrun starts {processes} processes, more than this machine has GPUs ({gpus});"
+                " lower --nproc-per-node, or add --device cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1140,7 +1140,8 @@ def from_transformers(kind, name, **keywords):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading; it hides those of downloads, too
-    enable_progress_bars()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
     local = find_local(name)
     return getattr(transformers, kind).from_pretrained(
         local or name,
