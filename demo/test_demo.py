@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import sys
 
 import gymnasium as gym
 import minari
@@ -203,7 +204,14 @@ def test_demo_model_equals_transformers_and_knows_english():
         ("kitchen-mixed", 100),
         ("pointmaze", 300),
         ("cartpole", 300),
-        ("catch", 300),
+        pytest.param(
+            "catch",
+            300,
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 11),
+                reason="Minari 0.5.3, the last for Python 3.10, cannot read its own small images",
+            ),
+        ),
     ],
 )
 def test_demo_data_can_be_made_anew(name, steps, tmp_path):

@@ -207,8 +207,9 @@ def test_the_table_of_dropout_is_that_of_the_runs():
     assert [line[0] for line in lines] == [*make.LOCOMOTION, "all"]
     for task, *cells in lines:
         for cell, choice in zip(cells[:2], (("lamo", "0"), ("dt", "0.1"))):
-            if (task, *choice) in runs:
-                results = runs[task, *choice].values()
+            key = task, *choice
+            if key in runs:
+                results = runs[key].values()
                 check_spread(cell, [float(row["best_return"]) for row in results])
                 shown += 1
             else:
