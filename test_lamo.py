@@ -2312,7 +2312,8 @@ def test_an_environment_with_other_choices_is_refused():
     box, choices = gym.spaces.Box(-9, 9, (11,)), gym.spaces.Discrete(3, start=5)
     env = SimpleNamespace(observation_space=box, action_space=choices)
     lamo.check_spaces(env, env)
-    narrow = gym.spaces.Discrete(3, start=5, dtype=np.int32)  # Minari stores all as int64
+    narrow = gym.spaces.Discrete(3, start=5)
+    narrow.dtype = np.dtype(np.int32)  # Minari stores all as int64
     lamo.check_spaces(env, SimpleNamespace(observation_space=box, action_space=narrow))
     for other in (
         gym.spaces.Discrete(3),
