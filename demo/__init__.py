@@ -19,7 +19,7 @@ SETTINGS = {
     "warmup": 100,
     "eval_every": 1000,
 }
-TUNED = {  # by results/make.py, for each domain; for others, and Wiki-RL's kitchen, by results/first/
+TUNED = {  # by results/make.py, for each domain; for others, by results/first/
     "lamo": {
         "locomotion": {"lr": 1e-2, "dropout": 0.1},
         "kitchen": {"lr": 3e-3, "dropout": 0.1},
@@ -34,6 +34,8 @@ TUNED = {  # by results/make.py, for each domain; for others, and Wiki-RL's kitc
     },
     "wiki-rl": {
         "locomotion": {"lr": 1e-2, "dropout": 0.1},
+        "kitchen": {"lr": 3e-2},
+        "reacher2d": {"lr": 3e-3},
         None: {"lr": 3e-3},
     },
 }

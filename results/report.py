@@ -56,8 +56,7 @@ NAMES = {
 }
 MAIN = ["hopper", "hopper 10%", "reacher2d", "kitchen-partial", *OTHER_TASKS, *HARDER]
 COMPARISONS = {  # tasks and methods, by name; the first method is the one that others differ from
-    "methods": (MAIN, LAMO_AND_DT),
-    "wiki-rl": (MAIN, [*COMPARED]),  # has not run on all of them yet
+    "methods": (MAIN, [*COMPARED]),
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], LAMO_AND_DT),
     "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], LAMO_AND_DT),
     "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS, *DT_WITH_MLPS]),

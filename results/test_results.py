@@ -389,7 +389,8 @@ def test_figures_in_the_text_are_those_of_a_table(longer):
     text = " ".join(line for line in lines if not line.startswith("|"))
 
     # Differences with an interval, but for those that other tests check
-    own = "domain counts once, DT minus LaMo is|comparison, with other settings, has"
+    own = "domain counts once, DT minus LaMo is|, and Wiki-RL minus LaMo is|excludes zero: DT by"
+    own += "|, Wiki-RL by|comparison, with other settings, has DT at"
     own += r"|changes by|best target, and by|minus DT without:|\([A-Za-z, ]+ minus [A-Za-z -]+:"
     own += r"|model with all weights trained,|do not differ measurably,"
     for figure in re.findall(INTERVAL, re.sub(rf"({own}) {INTERVAL}", "", text)):
@@ -420,18 +421,25 @@ def test_differences_in_the_text_are_those_of_the_runs():
 
     # Where each domain counts once, a seed's score is the mean over domains of the means over tasks.
     tables = read_tables("README.md", "return")
-    scores = {"lamo": defaultdict(float), "dt": defaultdict(float)}
+    scores = {method: defaultdict(float) for method in ("lamo", "dt", "wiki-rl")}
     tasks = [line[0] for line in tables[0][2:]]
     assert len(tasks) == 11
     for method, task, seed in itertools.product(scores, tasks, "01234"):
         in_domain = [other for other in tasks if make.DOMAIN[other] == make.DOMAIN[task]]
         row = runs_of(rows, task, method, settings)[seed]
         scores[method][seed] += float(row["best_score"]) / len(in_domain) / 3
-    lamo_scores, dt_scores = (
-        [{seed: {"best_score": score} for seed, score in scores[method].items()}]
-        for method in ("lamo", "dt")
+    of_lamo, of_dt, of_wiki_rl = (
+        [{seed: {"best_score": score} for seed, score in by_seed.items()}]
+        for by_seed in scores.values()
     )
-    check("If each domain counts once, DT minus LaMo is", lamo_scores, dt_scores)
+    check("If each domain counts once, DT minus LaMo is", of_lamo, of_dt)
+    check("and Wiki-RL minus LaMo is", of_lamo, of_wiki_rl)
+    of_lamo, of_dt, of_wiki_rl = (
+        [runs_of(rows, task, method, settings) for task in tasks if make.DOMAIN[task] == "kitchen"]
+        for method in scores
+    )
+    check("excludes zero: DT by", of_lamo, of_dt)
+    check(", Wiki-RL by", of_lamo, of_wiki_rl)
 
     # What dropout does to DT in locomotion
     without, with_dropout = (
@@ -489,6 +497,18 @@ def test_returns_in_the_text_are_those_of_the_runs():
         text = "{}'s {:.0f} and {:.0f} with seed 100 but {:.0f} and {:.0f} with seed 101"
         first, second = zip(*sorted(theirs))
         assert text.format(name, *first, *second) in page
+    kitchen = [
+        tuning("kitchen-partial", "wiki-rl", rate, dropout=dropout)
+        for rate, dropout in (("3e-2", "0"), ("1e-2", "0.1"))
+    ]
+    assert sum(kitchen[0]) == sum(kitchen[1])
+    text = (
+        "3e-2 without dropout ({:.2f} and {:.2f}) is level with 1e-2 with dropout ({:.2f} and"
+        " {:.2f}), and was taken for its higher return with seed 100; 1e-1 has {:.2f} and {:.2f}"
+    )
+    for dropout in "0", "0.1":
+        kitchen.append(tuning("kitchen-partial", "wiki-rl", "1e-1", [100], dropout))
+    assert text.format(*sum(kitchen, [])) in page
     text = "tried 3e-2 ({:.2f} and {:.2f})"
     linear = [
         of("reacher2d", "linear embedders", ("3e-2", dropout), 100) for dropout in ("0", "0.1")
@@ -538,17 +558,18 @@ def test_returns_in_the_text_are_those_of_the_runs():
 
     at_the_end, settings = read_rows(""), read_settings()
     tasks = [line[0] for line in read_tables("README.md", "return")[0][2:]]
-    leads = np.zeros(5)  # DT's over LaMo, by seed
-    for task, (method, sign) in itertools.product(tasks, (("dt", 1), ("lamo", -1))):
+    scores = {method: np.zeros(5) for method in ("lamo", "dt", "wiki-rl")}  # means over tasks
+    for task, method in itertools.product(tasks, scores):
         by_seed = runs_of(at_the_end, task, method, settings)
-        leads += sign * np.array([float(by_seed[seed]["best_score"]) for seed in "01234"])
+        scores[method] += [float(by_seed[seed]["best_score"]) / len(tasks) for seed in "01234"]
     for task in ("kitchen-complete", "kitchen-mixed", "kitchen-partial"):
         [of_data] = re.findall(rf"(\d\.\d) on {task}\b", page)
-        for method in ("lamo", "dt"):  # neither reaches the mean return of its data
+        for method in scores:  # none reaches the mean return of its data
             by_seed = runs_of(at_the_end, task, method, settings).values()
             assert statistics.mean(float(row["best_return"]) for row in by_seed) < float(of_data)
-    text = "on the eleven is {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f}"
-    assert text.format(*leads / 11) in page
+    text = "{} minus LaMo is {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f}"
+    for method, name in ("dt", "DT"), ("wiki-rl", "Wiki-RL"):
+        assert text.format(name, *scores[method] - scores["lamo"]) in page
 
 
 def test_losses_in_the_page_are_those_of_the_runs():
@@ -602,7 +623,7 @@ def test_settings_are_those_that_tuning_found_best():
         rates = {float(rate) for rate, _ in scores}
         assert rates >= {3e-4, 1e-3, 3e-3, 1e-2} and len(scores) == 2 * len(rates)
         twice = {key: sum(pair.values()) for key, pair in scores.items() if len(pair) == 2}
-        assert max(twice, key=twice.get) == setting and len(twice) >= len(rates)
+        assert twice[setting] == max(twice.values()) and len(twice) >= len(rates)
         assert min(rates) < float(setting[0]) < max(rates)
         least = min(scores[key]["100"] for key in twice)
         assert all(pair["100"] <= least for key, pair in scores.items() if key not in twice)
@@ -655,7 +676,9 @@ def test_figures_of_the_readme_are_those_of_the_tables():
     rises = "held-out loss, {}, rise in %"
     docstrings = "language loss, docstrings, step 10,000 of 10,000"
     cells = {
-        "DT minus LaMo {}": [cell("score", "DT", "minus LaMo")],
+        "DT minus LaMo {}, Wiki-RL minus LaMo {}": [
+            cell("score", name, "minus LaMo") for name in ("DT", "Wiki-RL")
+        ],
         "DT {}, DT with MLPs {}, random trunk {}": [
             cell("score", name, "minus LaMo", "<!-- reacher2d -->")
             for name in ("DT", "DT, MLP embedders", "random trunk")
@@ -667,7 +690,6 @@ def test_figures_of_the_readme_are_those_of_the_tables():
         "LaMo {}, all weights trained {}": [
             cell("reacher2d 10%, longer", docstrings, name) for name in ("LaMo", "all trained")
         ],
-        "Wiki-RL minus LaMo: {}": [cell("score", "Wiki-RL", "minus LaMo", "<!-- wiki-rl -->")],
         "reacher2d {}, six tasks {}": [
             cell("return", "TD3+BC minus LaMo, score", "reacher2d", "<!-- baselines -->"),
             cell("score", "TD3+BC", "minus LaMo", "<!-- baselines -->"),
