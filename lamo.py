@@ -952,7 +952,7 @@ def run_argument(out, env):
 
     A module of the user's is imported only if the command line names it.
     """
-    folder = shlex.quote(str(out))
+    folder = shlex.quote(out.as_posix())  # quotes around backslashes would fail on Windows
     return f"{folder} --env {env}" if ":" in str(env) else folder
 
 
@@ -1227,7 +1227,7 @@ def load_text(lm, text, block, device="cpu"):
 # -------------------------------------------------------------------------------- datasets
 def load_dataset(name):
     """Return the MinariDataset of a folder or an id, from Minari's own folder or from the hub."""
-    minari_root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
+    minari_root = os.environ.get("MINARI_DATASETS_PATH") or os.path.expanduser("~/.minari/datasets")
     for path in (Path(name), HERE / name, Path(minari_root) / name):
         if not name or not path.exists():
             continue
@@ -1436,7 +1436,7 @@ def checksum(arrays):
 def replacing(path):
     """Open a new file in a run's folder; it replaces the one at `path` once all is written."""
     partial = path.with_suffix(".partial")
-    folder = shlex.quote(str(path.parent))
+    folder = shlex.quote(path.parent.as_posix())
     with on_error(f"cannot write {path}; free some space, then start again, or --resume {folder}"):
         try:
             with open(partial, "wb") as file:
@@ -1964,13 +1964,14 @@ def run_command(main, program):
     """
     # SIGTERM ends a run as Ctrl-C does, so that nothing half-written stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")  # some consoles cannot show ±
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(1)
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         # A lack of memory has a class of its own on a GPU; on a CPU, only the message tells it.
-        no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
         if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not no_memory):
             raise
         stream = sys.stderr if rank_and_world()[0] == 0 else sys.__stderr__
@@ -1980,7 +1981,7 @@ def run_command(main, program):
 
 # What `uv run lamo.py` installs: the first part of requirements.txt
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.15"
 # dependencies = [
 #     "torch>=2.6,<3",
 #     "transformers>=4.46,<6",

@@ -20,7 +20,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -1085,7 +1085,7 @@ def test_text_is_cropped_and_held_out(tmp_path, lm_folder):
 @pytest.mark.parametrize("lines", [True, False])
 def test_tokens_are_those_of_the_whole_text(lines):
     """Cut into pieces, with lines or without, as tokenised at once."""
-    text = (HERE / "demo" / "text.txt").read_text()
+    text = (HERE / "demo" / "text.txt").read_text("utf-8")
     text = text if lines else " ".join(text.split())
     tokenizer = Tokenizer.from_file(str(HERE / "demo" / "gpt2-tiny" / "tokenizer.json"))
     whole = tokenizer.encode(text, add_special_tokens=False).ids
@@ -1096,16 +1096,17 @@ def test_tokens_are_those_of_the_whole_text(lines):
 @pytest.mark.slow
 def test_one_huge_line_takes_no_more_memory_than_many_lines(tmp_path):
     code = """
-import resource, sys, lamo
+import sys, lamo
+from results.timing import peak_memory
 lamo.hub_is_reachable = lambda: False
 lamo.load_text("demo/gpt2-tiny", "demo/text.txt", 256)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory("cpu")
 lamo.load_text("demo/gpt2-tiny", sys.argv[1], 256)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_memory("cpu") - before) / 2**20)
 """
-    text, peaks = 20 * (HERE / "demo" / "text.txt").read_text(), []
+    text, peaks = 20 * (HERE / "demo" / "text.txt").read_text("utf-8"), []
     for content in (text, " ".join(text.split())):
-        (tmp_path / "text.txt").write_text(content)
+        (tmp_path / "text.txt").write_text(content, "utf-8")
         result = command("-c", code, tmp_path / "text.txt")
         peaks.append(float(result.stdout))
     assert peaks[1] < 1.2 * peaks[0] + 10 and peaks[1] < 300, peaks  # MiB
@@ -1698,15 +1699,36 @@ def test_what_is_not_installed_is_named_with_its_remedy():
             raise error from ModuleNotFoundError("No module named 'pygame'")
 
 
+def fail_as_on_windows(size):
+    raise RuntimeError(
+        f"DefaultCPUAllocator: not enough memory: you tried to allocate {size} bytes."
+    )
+
+
 @pytest.mark.parametrize(
     "allocate, words",
-    [(np.empty, "error: Unable to allocate"), (torch.empty, "error: .*can't allocate memory")],
+    [
+        (np.empty, "error: Unable to allocate"),
+        (torch.empty, "error: .*can't allocate memory"),
+        (fail_as_on_windows, "error: .*not enough memory"),
+    ],
 )
 def test_too_little_memory_ends_in_one_line(allocate, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         lamo.run_command(lambda _: allocate(10**15), "lamo.py")
     [line] = capsys.readouterr().err.splitlines()
     assert re.match(f"lamo.py: {words}", line)
+
+
+def test_a_sign_that_the_console_lacks_ends_no_run(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", console)
+    lamo.run_command(lambda _: print("1 ± 2"), "lamo.py")
+    assert console.buffer.getvalue().split(b"\n")[0].strip() == b"1 ? 2"
+
+
+def test_suggested_commands_work_in_windows_shells():
+    assert lamo.run_argument(PureWindowsPath(r"runs\hopper-lamo"), None) == "runs/hopper-lamo"
 
 
 def test_an_error_of_the_code_is_no_mistake_of_the_user():
@@ -2806,14 +2828,14 @@ def test_stacks_equal_a_plain_loop(lengths, count):
 
 
 MEMORY = """
-import resource, sys, minari, lamo
+import sys, minari, lamo
+from results.timing import peak_memory
 dataset = minari.MinariDataset(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory("cpu")
 trajectories = lamo.read_trajectories(dataset, 1.0, 0)
 batch = trajectories.batch(8, 4)
 lamo.checksum([trajectories.states])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(peak * 1024 / trajectories.states.nbytes)
+print((peak_memory("cpu") - before) / trajectories.states.nbytes)
 """
 
 
@@ -3024,7 +3046,7 @@ def test_the_manuals_loop_gives_the_return_of_an_evaluation(trained, capsys):
     """The code block of the manual that acts step by step, as it is written there."""
     block = (
         (HERE / "docs" / "README.md")
-        .read_text()
+        .read_text("utf-8")
         .split("    import gymnasium as gym, lamo\n")[1]
         .split("\n\n")[0]
     )
@@ -3249,11 +3271,13 @@ def test_a_row_in_tasks_is_all_that_a_new_task_needs(tmp_path, monkeypatch):
 
 
 def test_uv_run_installs_what_requirements_say():
-    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", (HERE / "lamo.py").read_text())[1]
+    block = re.search(
+        r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", (HERE / "lamo.py").read_text("utf-8")
+    )[1]
     dependencies = re.findall(r'"(.+)",', block)
     for_a_run, _ = (HERE / "requirements.txt").read_text().split("\n\n")
     assert dependencies == for_a_run.splitlines()[1:]
-    assert 'requires-python = ">=3.10"' in block
+    assert 'requires-python = ">=3.10,<3.15"' in block  # MuJoCo has no build for 3.15
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import asdict
-from itertools import cycle
+from glob import glob
+from itertools import chain, cycle
 from pathlib import Path
 
 import matplotlib
@@ -167,7 +168,9 @@ def main(arguments):
     options = parser.parse_args(arguments)
     advice = "give folders of runs that have ended, and a .png or .pdf for --out"
     with lamo.on_error(f"cannot draw {options.out}; {advice}"):
-        plot_runs(options.folders, options.out)
+        # Windows' shells hand a * over as it is.
+        folders = [sorted(glob(name)) or [name] for name in options.folders]
+        plot_runs(chain(*folders), options.out)
 
 
 if __name__ == "__main__":

@@ -452,7 +452,7 @@ def main():
     rises = [rises_lines(table, task) for task in TASKS if "longer" in task]
     tables["rises"] = [*itertools.chain(*([*lines, ""] for lines in rises if len(lines) > 2))]
     tables["pairs"] = pairs_lines(table)
-    page = (HERE / "README.md").read_text()
+    page = (HERE / "README.md").read_text("utf-8")
     for name, comparison in COMPARISONS.items():
         tasks, methods = complete(table, *comparison)
         if tasks and len(methods) > 1 and f"<!-- {name} -->" in page:
@@ -477,7 +477,7 @@ def main():
         page, count = re.subn(old, new, page)
         if count != 1:
             raise ValueError(f"README.md must have <!-- {name} --> once, not {count} times")
-    (HERE / "README.md").write_text(page)
+    (HERE / "README.md").write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python -m results.timing --env hopper --ratio 0.1
 """
 
-import resource
 import sys
 import timeit
 
@@ -22,6 +21,18 @@ def count_flops(function):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
+
+
+def peak_memory(device):
+    """Return the most bytes that were in use on a GPU or by this process; None on Windows."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def profile(config, model, trajectories, text, environments):
@@ -63,12 +74,9 @@ def profile(config, model, trajectories, text, environments):
     peak = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix) / 1e9
     print(f"speed        {speed:10,.0f} GFLOP/s, ", end="")
     print(f"{speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a matrix product")
-    if torch.device(config.device).type == "cuda":
-        memory = torch.cuda.max_memory_allocated(config.device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(f"peak memory  {memory / 2**30:10.2f} GiB")
+    memory = peak_memory(config.device)
+    if memory:
+        print(f"peak memory  {memory / 2**30:10.2f} GiB")
 
     # An evaluation: simulating, and asking the policy
     if environments is None:
