@@ -3059,6 +3059,16 @@ def test_the_manuals_loop_gives_the_return_of_an_evaluation(trained, capsys):
     assert names["total"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_manuals_command_that_fills_the_caches_wants_the_papers_files(monkeypatch):
+    [code] = re.findall(r'python -c "(.+)"', (HERE / "docs" / "README.md").read_text("utf-8"))
+    fetched = []
+    monkeypatch.setattr(lamo, "fetch", fetched.append)
+    exec(code, {})
+    [config] = fetched
+    wanted = "gpt2", "mujoco/hopper/medium-v0", "wikitext"
+    assert (config.lm, config.data, config.text) == wanted and config.lang_coef > 0
+
+
 # ---------------------------------------------------------------------------- where assets come from
 def test_without_a_gpu_the_demo_is_taken_loudly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
