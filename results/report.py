@@ -59,9 +59,10 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "methods": (MAIN, [*COMPARED]),
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], LAMO_AND_DT),
     "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], LAMO_AND_DT),
-    "reacher2d": (["reacher2d"], ["lamo", "dt", "wiki-rl", *VARIANTS, *DT_WITH_MLPS]),
+    "reacher2d": (["reacher2d"], [*COMPARED, *VARIANTS, *DT_WITH_MLPS]),
     "trained": (["hopper 3%", "kitchen-partial 10%"], ["lamo", *TRAINED]),
-    "parts": (["hopper 10%", "walker2d", "kitchen-partial"], ["lamo", *VARIANTS]),
+    "kitchen-partial": (["kitchen-partial"], [*COMPARED, *VARIANTS]),
+    "parts": (["hopper 10%", "walker2d"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
 }
 # How a method is drawn, in all pictures. No picture has both baselines and variants of LaMo, or both
