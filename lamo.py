@@ -1964,7 +1964,8 @@ def run_command(main, program):
     """
     # SIGTERM ends a run as Ctrl-C does, so that nothing half-written stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # some consoles cannot show ±
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # some consoles cannot show ±
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

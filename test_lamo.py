@@ -1726,6 +1726,10 @@ def test_a_sign_that_the_console_lacks_ends_no_run(monkeypatch):
     lamo.run_command(lambda _: print("1 ± 2"), "lamo.py")
     assert console.buffer.getvalue().split(b"\n")[0].strip() == b"1 ? 2"
 
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's cannot be reconfigured
+    lamo.run_command(lambda _: print("1 ± 2"), "lamo.py")
+    assert sys.stdout.getvalue() == "1 ± 2\n"
+
 
 def test_suggested_commands_work_in_windows_shells():
     assert lamo.run_argument(PureWindowsPath(r"runs\hopper-lamo"), None) == "runs/hopper-lamo"
