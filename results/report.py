@@ -60,7 +60,7 @@ COMPARISONS = {  # tasks and methods, by name; the first method is the one that 
     "less-hopper": ([*LESS_HOPPER, "hopper 30%"], LAMO_AND_DT),
     "less-kitchen": ([*LESS_KITCHEN, "kitchen-partial 30%"], LAMO_AND_DT),
     "reacher2d": (["reacher2d"], [*COMPARED, *VARIANTS, *DT_WITH_MLPS]),
-    "trained": (["hopper 3%", "kitchen-partial 10%"], ["lamo", *TRAINED]),
+    "trained": (["hopper 10%", "hopper 3%", "kitchen-partial 10%"], ["lamo", *TRAINED]),
     "kitchen-partial": (["kitchen-partial"], [*COMPARED, *VARIANTS]),
     "parts": (["hopper 10%", "walker2d"], ["lamo", *VARIANTS]),
     "baselines": (SIX, ["lamo", "dt", *BASELINES]),
