@@ -1073,6 +1073,16 @@ def join_processes(device):
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
+def leave_processes():
+    """Wait for all processes of torchrun, then part from them.
+
+    One that ended by itself could abort in PyTorch's threads, and torchrun would stop the others.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def rank_and_world():
     """Return the rank of this process among those of torchrun, and how many there are."""
     if dist.is_initialized():
@@ -1968,6 +1978,7 @@ def run_command(main, program):
         sys.stdout.reconfigure(errors="replace")  # some consoles cannot show ±
     try:
         main(sys.argv[1:])
+        leave_processes()
     except KeyboardInterrupt:
         sys.exit(1)
     except (InputError, OSError, MemoryError, RuntimeError) as error:

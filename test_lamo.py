@@ -1595,6 +1595,13 @@ def test_two_processes_equal_one(tmp_path, lm_folder):
     assert two == pytest.approx(one, rel=0.01)
 
 
+def test_processes_part_when_a_command_ends(tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    lamo.run_command(lambda _: None, "lamo.py")
+    assert not torch.distributed.is_initialized()
+
+
 # ---------------------------------------------------------------------------- stopping and going on
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     """It dies each time it evaluates or saves, and goes on from what is in its folder."""
