@@ -1746,7 +1746,7 @@ def check_spaces(dataset, env):
 
 
 def entry_shapes(space):
-    """Return the shape of a space; for a Dict, its entries' shapes by name, None for a nested Dict."""
+    """Return the shape of a space; for a Dict, its entries' by name, None for a nested Dict."""
     if isinstance(space, gym.spaces.Dict):
         return {name: part.shape for name, part in space.items()}
     return space.shape
